@@ -1,0 +1,32 @@
+// y_t = d_t + c_t y_{t+1}, from the end: the associative scan under GAE and discounted returns. Elements compose as
+// (c, d) after (c', d') = (c c', d + c d'), so a vector's worth is scanned in log2(W) steps and only one multiply-add
+// a vector hangs on the one to its right.
+#pragma once
+
+#include "simd/simd.h"
+
+namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
+
+template <int k, class V>
+inline void compose_right(V& c, V& d) {
+  if constexpr (k < V::W) {
+    d = fma(c, V::template down<k>(d, V::set(0)), d);
+    c = c * V::template down<k>(c, V::set(1));
+    compose_right<2 * k>(c, d);
+  }
+}
+
+// n: whole vectors; `carry` is y past the end, and y_0 on return. y may be c or d.
+template <class T>
+inline void suffix_scan(const T* c, const T* d, T* y, int64_t n, T& carry) {
+  using V = typename VectorOf<T>::type;
+  for (int64_t i = n - V::W; i >= 0; i -= V::W) {
+    V cv = V::load(c + i), dv = V::load(d + i);
+    compose_right<1>(cv, dv);
+    dv = fma(cv, V::set(carry), dv);
+    dv.store(y + i);
+    carry = first(dv);
+  }
+}
+
+}}}  // namespace

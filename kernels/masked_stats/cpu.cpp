@@ -1,0 +1,90 @@
+#include "cpu.h"
+
+#include "common/tokens.h"
+
+namespace fastrlhf { namespace FASTRLHF_ISA {
+namespace {
+
+template <class T>
+struct Chunk { Buffer<T> x, mask, out; };
+
+// body(unit index, begin of chunk, tokens of it, chunk buffers) over all units.
+template <class T, class Body>
+void for_each_chunk(const Rows& rows, int threads, const Units& units, Body&& body) {
+  const int workers = worthwhile(threads, rows.total());
+  Scratch<Chunk<T>> chunks(workers);
+  parallel_for(units.size(), workers, [&](int64_t u, int worker) {
+    const Unit unit = units[u];
+    for (int64_t t = unit.begin, end = unit.begin + unit.size; t < end; t += chunk_size)
+      body(u, unit.row, t, end - t < chunk_size ? end - t : chunk_size, chunks[worker]);
+  });
+}
+
+template <class T>
+void moments_as(const MomentsArgs& a) {
+  const Units units(a.rows);
+  Scratch<Moments> partial(units.size());
+  for_each_chunk<T>(a.rows, a.threads, units, [&](int64_t u, int64_t b, int64_t t, int64_t n, Chunk<T>& c) {
+    const T* mask = fetch_mask<T>(a.mask, a.rows, b, t, n, c.mask);
+    partial[u].merge(chunk_moments(fetch<T>(a.x, a.rows, b, t, n, c.x), mask, n));
+  });
+  Moments all;
+  for (int64_t u = 0; u < units.size(); ++u) all.merge(partial[u]);
+  a.moments[0] = all.n, a.moments[1] = all.mean, a.moments[2] = all.m2;
+}
+
+template <class T>
+void row_sums_as(const RowSumsArgs& a) {
+  using V = typename VectorOf<T>::type;
+  const Units units(a.rows);
+  struct Sum { double total, count; };
+  Scratch<Sum> partial(units.size());
+  for_each_chunk<T>(a.rows, a.threads, units, [&](int64_t u, int64_t b, int64_t t, int64_t n, Chunk<T>& c) {
+    const T* mask = fetch_mask<T>(a.mask, a.rows, b, t, n, c.mask);
+    const T* x = fetch<T>(a.x, a.rows, b, t, n, c.x);
+    const V zero = V::set(0);
+    V total = zero, count = zero;
+    for (int64_t i = 0; i < n; i += V::W) {
+      const V m = V::load(mask + i);
+      total = total + select(m != zero, m * V::load(x + i), zero);
+      count = count + m;
+    }
+    partial[u].total += sum(total);
+    partial[u].count += sum(count);
+  });
+  int64_t u = 0;
+  for (int64_t b = 0; b < a.rows.count; ++b) {
+    double total = 0, count = 0;
+    for (; u < units.size() && units[u].row == b; ++u) {
+      total += partial[u].total;
+      count += partial[u].count;
+    }
+    static_cast<T*>(a.sums)[b] = static_cast<T>(a.average ? (count != 0 ? total / count : 0) : total);
+    if (a.counts) static_cast<T*>(a.counts)[b] = static_cast<T>(count);
+  }
+}
+
+template <class T>
+void standardize_as(const StandardizeArgs& a) {
+  using V = typename VectorOf<T>::type;
+  const Units units(a.rows);
+  for_each_chunk<T>(a.rows, a.threads, units, [&](int64_t, int64_t b, int64_t t, int64_t n, Chunk<T>& c) {
+    const T* mask = fetch_mask<T>(a.mask, a.rows, b, t, n, c.mask);
+    const T* x = fetch<T>(a.x, a.rows, b, t, n, c.x);
+    T* to = static_cast<T*>(a.out) + a.rows.start(b) + t;
+    T* out = output(to, n, c.out);
+    const V zero = V::set(0), shift = V::set(static_cast<T>(a.shift)), scale = V::set(static_cast<T>(a.scale));
+    const V back = V::set(static_cast<T>(a.back));
+    for (int64_t i = 0; i < n; i += V::W)
+      select(V::load(mask + i) != zero, fma(V::load(x + i) - shift, scale, back), zero).store(out + i);
+    finish_output(to, out, n);
+  });
+}
+
+}  // namespace
+
+void masked_moments(const MomentsArgs& a) { a.f64 ? moments_as<double>(a) : moments_as<float>(a); }
+void row_sums(const RowSumsArgs& a) { a.f64 ? row_sums_as<double>(a) : row_sums_as<float>(a); }
+void standardize(const StandardizeArgs& a) { a.f64 ? standardize_as<double>(a) : standardize_as<float>(a); }
+
+}}  // namespace

@@ -1,0 +1,28 @@
+// Memory of a call. Not std::vector: what a kernel file instantiates from a header is compiled for its own instruction
+// set, and the linker may keep that copy for everybody.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace fastrlhf {
+
+void* scratch_allocate(int64_t bytes);  // 64-byte aligned, zeroed; throws std::bad_alloc
+void scratch_free(void* p) noexcept;
+
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data_(static_cast<T*>(scratch_allocate(n * static_cast<int64_t>(sizeof(T))))) {}
+  ~Scratch() { scratch_free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
+}  // namespace fastrlhf
