@@ -1,0 +1,1 @@
+"""The rooms: one op each, its definition (`reference.py`) and its implementations."""

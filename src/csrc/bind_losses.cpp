@@ -6,11 +6,11 @@
 namespace fastrlhf {
 namespace {
 
-template <int n>
-py::list to_list(const double (&values)[n]) {
-  py::list out(n);
-  for (int i = 0; i < n; ++i) out[i] = values[i];
-  return out;
+// The loss, in the compute type, and the statistics, in float.
+void write_result(const double* result, int stats, bool f64, uintptr_t loss, uintptr_t to) {
+  if (f64) *pointer<double>(loss) = result[0];
+  else *pointer<float>(loss) = static_cast<float>(result[0]);
+  for (int i = 0; i < stats; ++i) pointer<float>(to)[i] = static_cast<float>(result[1 + i]);
 }
 
 }  // namespace
@@ -21,7 +21,7 @@ void bind_losses(py::module_& m) {
   //          kl_coef, entropy_coef, denominator
   // codes: kind, correction, correction_level, kl_kind, reduction
   m.def("policy_loss", [](const py::tuple& shape, bool f64, const py::tuple& arrays, const py::tuple& scalars,
-                          const py::tuple& codes, uintptr_t grad_logprobs, uintptr_t grad_entropy, int threads) {
+                          const py::tuple& codes, uintptr_t grad_logprobs, uintptr_t grad_entropy, uintptr_t loss, uintptr_t stats, int threads) {
     double result[1 + policy_stats];
     PolicyArgs a;
     a.rows = rows(shape);
@@ -40,15 +40,13 @@ void bind_losses(py::module_& m) {
     a.grad_entropy = pointer(grad_entropy);
     a.result = result;
     a.threads = threads;
-    {
-      py::gil_scoped_release release;
-      policy_loss(a);
-    }
-    return to_list(result);
+    py::gil_scoped_release release;
+    policy_loss(a);
+    write_result(result, policy_stats, f64, loss, stats);
   });
   m.def("value_loss", [](const py::tuple& shape, bool f64, const py::object& values, const py::object& old_values,
                          const py::object& returns, const py::object& mask, double clip, int reduction, double denominator,
-                         uintptr_t grad_values, int threads) {
+                         uintptr_t grad_values, uintptr_t loss, uintptr_t stats, int threads) {
     double result[1 + value_stats];
     ValueArgs a;
     a.rows = rows(shape);
@@ -60,11 +58,9 @@ void bind_losses(py::module_& m) {
     a.grad_values = pointer(grad_values);
     a.result = result;
     a.threads = threads;
-    {
-      py::gil_scoped_release release;
-      value_loss(a);
-    }
-    return to_list(result);
+    py::gil_scoped_release release;
+    value_loss(a);
+    write_result(result, value_stats, f64, loss, stats);
   });
   // inputs: addresses of chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards (0: absent)
   // scalars: beta, label_smoothing, reward_scale, margin, kl_baseline, desirable_weight, undesirable_weight

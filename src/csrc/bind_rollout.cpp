@@ -43,7 +43,7 @@ void bind_rollout(py::module_& m) {
     a.kl_clip = shaping[3].cast<double>();
     a.gamma = gamma, a.lam = lam;
     a.lams = pointer<const double>(lams);
-    if (lams) check_finite({a.lams, DType::f64, 1, 1, true}, a.rows.count, "lam");
+    check_unit_interval(a.lams, a.rows.count, "lam");
     a.mask_mode = static_cast<MaskMode>(mask_mode);
     a.shaped = pointer(shaped), a.kl = pointer(kl_), a.advantages = pointer(advantages), a.returns = pointer(returns);
     a.moments = pointer<double>(moments);

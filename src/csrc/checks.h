@@ -11,6 +11,6 @@ void check_labels(const LogprobsArgs& a, int64_t vocab_total);
 void check_temperatures(const LogprobsArgs& a);
 void check_kept(const LogprobsArgs& a, int64_t indices, int64_t vocab_total);
 void check_cu_seqlens(const Rows& rows, int64_t total);
-void check_finite(const Array& a, int64_t n, const char* name);
+void check_unit_interval(const double* x, int64_t n, const char* name);
 
 }  // namespace fastrlhf

@@ -1,0 +1,28 @@
+"""The operations of RLHF, one pass over memory each. OPS: log-probs, KL, rewards and advantages, statistics, losses,
+sampling. Imports nothing of fastrlhf but the kernels and the extension."""
+
+from ..kernels.policy_loss.reference import RolloutCorrection
+from .gae import Experience, discounted_returns, experience, gae, shape_rewards
+from .group_advantages import group_advantages
+from .kl import AdaptiveKL, FixedKL, kl, kl_full
+from .logprobs import Logprobs, VocabParallel, logprobs
+from .masked_stats import masked_mean, masked_var, whiten
+from .policy_loss import PolicyLoss, policy_loss
+from .preference_loss import (
+    PreferenceLoss,
+    RegressionLoss,
+    preference_loss,
+    regression_loss,
+    reward_loss,
+    sequence_logprobs,
+)
+from .sampling import Sample, sample
+from .stats import LossStats
+from .value_loss import ValueLoss, value_loss
+
+__all__ = [
+    "AdaptiveKL", "Experience", "FixedKL", "Logprobs", "LossStats", "PolicyLoss", "PreferenceLoss", "RegressionLoss",
+    "RolloutCorrection", "Sample", "ValueLoss", "VocabParallel", "discounted_returns", "experience", "gae",
+    "group_advantages", "kl", "kl_full", "logprobs", "masked_mean", "masked_var", "policy_loss", "preference_loss",
+    "regression_loss", "reward_loss", "sample", "sequence_logprobs", "shape_rewards", "value_loss", "whiten",
+]  # fmt: skip

@@ -1,0 +1,124 @@
+"""Which implementation serves a call, and how tensors are handed to the extension."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from .. import _cpu
+except ImportError as error:  # a source tree without a build
+    _cpu = None  # type: ignore[assignment]
+    _missing = str(error)
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+DTYPES = {
+    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3,
+    torch.int32: 4, torch.int64: 5, torch.uint8: 6, torch.bool: 6,
+}  # fmt: skip
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_default = os.environ.get("FASTRLHF_BACKEND") or None
+if _default is not None and _default not in BACKENDS:
+    raise ValueError(f"FASTRLHF_BACKEND must be one of {BACKENDS}, got {_default!r}")
+if _cpu is not None and os.environ.get("FASTRLHF_CPU_ISA"):
+    _cpu.set_isa(os.environ["FASTRLHF_CPU_ISA"])
+
+
+def extension() -> Any:
+    """The compiled CPU kernels."""
+    if _cpu is None:
+        raise ImportError(f"fastrlhf was not built: {_missing}. Install it with pip; see README.md.")
+    return _cpu
+
+
+def choose(op: str, tensor: Tensor, backend: str | None) -> str:
+    """The backend of a call: `backend`, else FASTRLHF_BACKEND, else what the tensor's device has. One that cannot serve
+    the call is an error: nothing falls back to something slower on its own."""
+    name = backend or _default
+    if name is None:
+        if tensor.is_cpu and _cpu is not None:
+            return "cpu"
+        if tensor.is_cpu:
+            extension()
+        raise ValueError(
+            f"{op}: no kernels for device '{tensor.device}' in this build; the plain PyTorch definition runs anywhere "
+            "with backend='reference'"
+        )
+    if name == "reference":
+        return name
+    if name == "cpu":
+        if not tensor.is_cpu:
+            raise ValueError(f"{op}: backend 'cpu' needs CPU tensors, got one on '{tensor.device}'")
+        extension()
+        return name
+    if name in BACKENDS:
+        raise ValueError(f"{op}: backend '{name}' is not part of this build")
+    raise ValueError(f"backend: must be one of {BACKENDS}, got {name!r}")
+
+
+def threads() -> int:
+    """The kernels use as many threads as torch does."""
+    return torch.get_num_threads()
+
+
+def result_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where an input is, float32 otherwise."""
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def matrix(t: Tensor) -> tuple[int, int, int, int, int]:
+    """(..., V) with last stride 1 as the extension takes it; `rows_of` has made sure that the rows have two strides."""
+    if t.dim() == 2:
+        return (t.data_ptr(), DTYPES[t.dtype], max(t.shape[0], 1), 0, t.stride(0))
+    if t.dim() == 3:
+        return (t.data_ptr(), DTYPES[t.dtype], max(t.shape[1], 1), t.stride(0), t.stride(1))
+    return (t.data_ptr(), DTYPES[t.dtype], 1, t.shape[-1], 0)
+
+
+def with_rows(t: Tensor) -> Tensor:
+    """t itself, or a view of it, with at most three dimensions; a copy only where no such view exists."""
+    if t.dim() <= 3:
+        return t
+    try:
+        return t.view(-1, t.shape[-2], t.shape[-1])
+    except RuntimeError:
+        return t.contiguous().view(-1, t.shape[-2], t.shape[-1])
+
+
+def tokens(t: Tensor | None) -> tuple[int, int, int, int, bool] | None:
+    """(B, T) or packed (total), any strides."""
+    if t is None:
+        return None
+    if t.dim() == 2:
+        return (t.data_ptr(), DTYPES[t.dtype], t.stride(0), t.stride(1), False)
+    return (t.data_ptr(), DTYPES[t.dtype], 0, t.stride(0), False)
+
+
+def row_values(t: Tensor | None) -> tuple[int, int, int, int, bool] | None:
+    """(B): one value for each row."""
+    return None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(0), 0, True)
+
+
+def row_shape(t: Tensor, cu_seqlens: Tensor | None = None) -> tuple[int, int, int, int]:
+    """The rows of (B, T), of a pack, or of plain (T), which is one row."""
+    if cu_seqlens is not None:
+        return (cu_seqlens.shape[0] - 1, 0, cu_seqlens.data_ptr(), t.shape[0])
+    if t.dim() == 2:
+        return (t.shape[0], t.shape[1], 0, 0)
+    return (1, t.shape[0], 0, 0)
+
+
+def flat(t: Tensor) -> Tensor:
+    """All elements in one dimension, for ops to which the shape means nothing."""
+    return t if t.dim() == 1 else t.reshape(-1)

@@ -1,0 +1,337 @@
+"""Rewards, advantages and returns of sampled sequences, each alone or all in one pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.gae import reference
+from ..kernels.kl.reference import KINDS
+from . import checks
+from .backend import address, choose, extension, result_dtype, row_shape, row_values, threads, tokens
+from .library import Op
+from .masked_stats import standardize, whiten as masked_whiten
+
+
+class Experience(NamedTuple):
+    """Results of `experience`, each of logprobs' shape, float32 (float64 for float64 inputs)."""
+
+    rewards: Tensor
+    kl: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def shape_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor | None,
+    *,
+    kl_coef: float,
+    kl: str = "k1",
+    score_clip: float | None = None,
+    kl_clip: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Per-token rewards: the KL penalty everywhere, the sequence's score at its last counted token.
+
+    rewards_t = -kl_coef·kl_t·m_t, + clip(score, ±score_clip) at the last token with m_t != 0. No gradient.
+
+    Args:
+        scores: (B).
+        logprobs, ref_logprobs: (B, T), or packed (total) with `cu_seqlens`.
+        mask: of the same shape, != 0 counts; None counts all. A sequence without a counted token keeps no score.
+        kl_coef: >= 0 usually; any finite number.
+        kl: the estimator, see `kl`: "k1", "abs", "k2" or "k3".
+        score_clip, kl_clip: bounds, ±; None for none.
+        cu_seqlens: (B + 1), int32 or int64, of a pack.
+        backend: "cpu" or "reference"; None chooses.
+
+    Returns:
+        (rewards, kl), float32 (float64 for float64 inputs); kl is 0 where the mask is.
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device that do not fit, cu_seqlens that fall or do not end at the number
+        of tokens.
+
+    Source: Ziegler et al. 2019; Ouyang et al. 2022.
+    """
+    cu = _check_shaping(scores, logprobs, ref_logprobs, mask, kl_coef, score_clip, kl_clip, cu_seqlens)
+    code = checks.one_of("kl", kl, KINDS)
+    if choose("shape_rewards", logprobs, backend) == "reference":
+        with torch.no_grad():
+            return reference.shape_rewards(
+                scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef, kl=kl, score_clip=score_clip, kl_clip=kl_clip,
+                cu_seqlens=cu,
+            )  # fmt: skip
+    rewards, kls, *_ = _rollout(
+        logprobs.detach(), None, scores.detach(), ref_logprobs.detach(), None, mask, None, cu, None,
+        [float(kl_coef), score_clip or math.inf, kl_clip or math.inf, 1.0, 1.0], [code, 0], False,
+    )  # fmt: skip
+    return rewards, kls
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    mask_mode: str = "carry",
+    bootstrap: Tensor | None = None,
+    whiten: bool = False,
+    group: Any = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation.
+
+    δ_t = r_t + γ V_{t+1} - V_t,  A_t = δ_t + γλ A_{t+1},  returns = A + V (before whitening). No gradient.
+
+    Args:
+        rewards, values: (B, T), or packed (total) with `cu_seqlens`: nothing crosses a boundary.
+        mask: of the same shape; None counts all.
+        cu_seqlens: (B + 1), int32 or int64.
+        gamma: in [0, 1].
+        lam: in [0, 1], a number or (B) one for each sequence.
+        mask_mode: ``carry`` (verl, NeMo-RL): over a token with mask 0 the next value and A pass unchanged, and A there
+            is what passes; ``zero`` (OpenRLHF, NeMo-Aligner): rewards and values are multiplied by the mask, A decays
+            through gaps; ``none``: the mask is not used in the recursion.
+        bootstrap: (B), the value after the last token; 0 if None.
+        whiten: advantages to zero mean and unit (unbiased) variance over the mask, eps 1e-8, zeros where it is 0.
+        group: a process group to whiten over.
+        backend: "cpu" or "reference"; None chooses.
+
+    Returns:
+        (advantages, returns), rewards' shape, float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device that do not fit, gamma or lam outside [0, 1] or NaN, cu_seqlens
+        that fall or do not end at the number of tokens.
+
+    Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation".
+    """
+    cu = checks.token_matrix("rewards", rewards, cu_seqlens)
+    checks.like("values", values, "rewards", rewards)
+    if mask is not None:
+        checks.like("mask", mask, "rewards", rewards, checks.MASKS)
+    mode, lams, lam_value = _check_recursion(rewards, cu, gamma, lam, mask_mode, bootstrap)
+    if choose("gae", rewards, backend) == "reference":
+        with torch.no_grad():
+            a, returns = _reference_gae(rewards, values, mask, cu, gamma, lam, mask_mode, bootstrap)
+            return _whitened(a, mask, group, backend) if whiten else a, returns
+    _, _, advantages, returns, moments = _rollout(
+        rewards.detach(), rewards.detach(), None, None, values.detach(), mask, bootstrap, cu, lams,
+        [0.0, math.inf, math.inf, float(gamma), lam_value], [0, mode], whiten and group is None,
+    )  # fmt: skip
+    if whiten:
+        advantages = _finish_whitening(advantages, mask, moments, group)
+    return advantages, returns
+
+
+def discounted_returns(
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    gamma: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Rewards to go: G_t = r_t + γ G_{t+1}. A token with mask 0 is passed over: its reward does not count, G there is
+    what passes. The same as `gae` with λ = 1 and no values. No gradient.
+
+    Args:
+        rewards: (B, T), or packed (total) with `cu_seqlens`.
+        mask: of the same shape; None counts all.
+        cu_seqlens: (B + 1), int32 or int64.
+        gamma: in [0, 1].
+        backend: "cpu" or "reference"; None chooses.
+
+    Returns:
+        rewards' shape, float32 (float64 for float64 rewards).
+
+    Raises:
+        TypeError, ValueError: as for `gae`.
+    """
+    cu = checks.token_matrix("rewards", rewards, cu_seqlens)
+    if mask is not None:
+        checks.like("mask", mask, "rewards", rewards, checks.MASKS)
+    checks.number("gamma", gamma, low=0, high=1)
+    if choose("discounted_returns", rewards, backend) == "reference":
+        with torch.no_grad():
+            return reference.discounted_returns(rewards, mask, cu_seqlens=cu, gamma=gamma)
+    out: Tensor = _rollout(
+        rewards.detach(), rewards.detach(), None, None, None, mask, None, cu, None,
+        [0.0, math.inf, math.inf, float(gamma), 1.0], [0, 0], False,
+    )[2]  # fmt: skip
+    return out
+
+
+def experience(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    *,
+    kl_coef: float,
+    kl: str = "k1",
+    score_clip: float | None = None,
+    kl_clip: float | None = None,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    mask_mode: str = "carry",
+    bootstrap: Tensor | None = None,
+    whiten: bool = False,
+    cu_seqlens: Tensor | None = None,
+    group: Any = None,
+    backend: str | None = None,
+) -> Experience:
+    """`shape_rewards` and `gae` in one pass over the rows: everything PPO needs of a rollout. No gradient.
+
+    Arguments, results and errors are theirs; the results are theirs to the bit.
+    """
+    cu = _check_shaping(scores, logprobs, ref_logprobs, mask, kl_coef, score_clip, kl_clip, cu_seqlens)
+    code = checks.one_of("kl", kl, KINDS)
+    checks.like("values", values, "logprobs", logprobs)
+    mode, lams, lam_value = _check_recursion(logprobs, cu, gamma, lam, mask_mode, bootstrap)
+    if choose("experience", logprobs, backend) == "reference":
+        with torch.no_grad():
+            rewards, kls = reference.shape_rewards(
+                scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef, kl=kl, score_clip=score_clip, kl_clip=kl_clip,
+                cu_seqlens=cu,
+            )  # fmt: skip
+            a, returns = _reference_gae(rewards, values, mask, cu, gamma, lam, mask_mode, bootstrap)
+            return Experience(rewards, kls, _whitened(a, mask, group, backend) if whiten else a, returns)
+    rewards, kls, advantages, returns, moments = _rollout(
+        logprobs.detach(), None, scores.detach(), ref_logprobs.detach(), values.detach(), mask, bootstrap, cu, lams,
+        [float(kl_coef), score_clip or math.inf, kl_clip or math.inf, float(gamma), lam_value], [code, mode],
+        whiten and group is None,
+    )  # fmt: skip
+    if whiten:
+        advantages = _finish_whitening(advantages, mask, moments, group)
+    return Experience(rewards, kls, advantages, returns)
+
+
+def _check_shaping(
+    scores: Any, logprobs: Any, ref_logprobs: Any, mask: Any, kl_coef: Any, score_clip: Any, kl_clip: Any, cu_seqlens: Any
+) -> Tensor | None:
+    cu = checks.token_matrix("logprobs", logprobs, cu_seqlens)
+    checks.like("ref_logprobs", ref_logprobs, "logprobs", logprobs)
+    if mask is not None:
+        checks.like("mask", mask, "logprobs", logprobs, checks.MASKS)
+    checks.rows("scores", scores, checks.row_count(logprobs, cu), "sequence", logprobs)
+    checks.number("kl_coef", kl_coef)
+    checks.positive_or_none("score_clip", score_clip)
+    checks.positive_or_none("kl_clip", kl_clip)
+    return cu
+
+
+def _check_recursion(
+    like: Tensor, cu: Tensor | None, gamma: Any, lam: Any, mask_mode: Any, bootstrap: Any
+) -> tuple[int, Tensor | None, float]:
+    checks.number("gamma", gamma, low=0, high=1)
+    mode = checks.one_of("mask_mode", mask_mode, reference.MASK_MODES)
+    count = checks.row_count(like, cu)
+    if bootstrap is not None:
+        checks.rows("bootstrap", bootstrap, count, "sequence", like)
+    if isinstance(lam, Tensor):
+        checks.rows("lam", lam, count, "sequence", like)
+        return mode, lam.detach().double().contiguous(), 1.0
+    checks.number("lam", lam, low=0, high=1)
+    return mode, None, float(lam)
+
+
+def _reference_gae(
+    rewards: Tensor, values: Tensor, mask: Tensor | None, cu: Tensor | None, gamma: float, lam: float | Tensor,
+    mask_mode: str, bootstrap: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if isinstance(lam, Tensor) and not bool(((lam >= 0) & (lam <= 1)).all()):
+        raise ValueError(f"lam: expected values in [0, 1], got {lam.tolist()}")
+    one_row = rewards.dim() == 1 and cu is None
+    if one_row:
+        rewards, values = rewards.unsqueeze(0), values.unsqueeze(0)
+        mask = None if mask is None else mask.unsqueeze(0)
+    a, returns = reference.gae(
+        rewards, values, mask, cu_seqlens=cu, gamma=gamma, lam=lam, mask_mode=mask_mode, bootstrap=bootstrap
+    )
+    return (a[0], returns[0]) if one_row else (a, returns)
+
+
+def _whitened(a: Tensor, mask: Tensor | None, group: Any, backend: str | None) -> Tensor:
+    return masked_whiten(a, None if mask is None else mask != 0, group=group, backend=backend)
+
+
+def _finish_whitening(advantages: Tensor, mask: Tensor | None, moments: Tensor | None, group: Any) -> Tensor:
+    counted = None if mask is None else mask != 0
+    if group is not None:
+        return masked_whiten(advantages, counted, group=group)
+    assert moments is not None
+    out: Tensor = _standardize_by(advantages, counted, moments)
+    return out
+
+
+def _standardize_by_moments(x: Tensor, mask: Tensor | None, moments: Tensor) -> Tensor:
+    n, mean, m2 = moments.tolist()
+    variance = m2 / (n - 1) if n > 1 else 0.0
+    return standardize(x, mask, mean, 1 / math.sqrt(variance + 1e-8), 0.0)
+
+
+_standardize_by = Op(
+    "standardize_by_moments",
+    "(Tensor x, Tensor? mask, Tensor moments) -> Tensor",
+    _standardize_by_moments,
+    lambda x, mask, moments: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+)
+
+
+def _rollout_implementation(
+    like: Tensor, rewards: Tensor | None, scores: Tensor | None, ref_logprobs: Tensor | None, values: Tensor | None,
+    mask: Tensor | None, bootstrap: Tensor | None, cu_seqlens: Tensor | None, lams: Tensor | None,
+    numbers: list[float], codes: list[int], moments: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """`like`: the rewards where they are given, the logprobs where they are to be shaped."""
+    dtype = result_dtype(like, ref_logprobs, values, rewards)
+    shaping = rewards is None
+    shaped, kls = (torch.empty(like.shape, dtype=dtype), torch.empty(like.shape, dtype=dtype)) if shaping else (None, None)
+    recursion = values is not None or not shaping
+    advantages = torch.empty(like.shape, dtype=dtype) if recursion else None
+    returns = torch.empty(like.shape, dtype=dtype) if values is not None else None
+    stats = torch.empty(3, dtype=torch.float64) if moments else None
+    kl_coef, score_clip, kl_clip, gamma, lam = numbers
+    extension().rollout(
+        row_shape(like, cu_seqlens), dtype == torch.float64, tokens(rewards), row_values(scores),
+        tokens(like) if shaping else None, tokens(ref_logprobs), tokens(values), tokens(mask), row_values(bootstrap),
+        (kl_coef, codes[0], score_clip, kl_clip), gamma, lam, address(lams), codes[1],
+        address(shaped), address(kls), address(advantages), address(returns), address(stats), threads(),
+    )  # fmt: skip
+    return shaped, kls, advantages, returns, stats
+
+
+def _fake_rollout(
+    like: Tensor, rewards: Tensor | None, scores: Any, ref: Tensor | None, values: Tensor | None, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    wide = any(t is not None and t.dtype == torch.float64 for t in (like, rewards, ref, values))
+
+    def out(wanted: bool) -> Tensor | None:
+        return like.new_empty(like.shape, dtype=torch.float64 if wide else torch.float32) if wanted else None
+
+    shaping = rewards is None
+    stats = like.new_empty(3, dtype=torch.float64) if rest[-1] else None
+    return out(shaping), out(shaping), out(values is not None or not shaping), out(values is not None), stats
+
+
+_rollout = Op(
+    "rollout",
+    "(Tensor like, Tensor? rewards, Tensor? scores, Tensor? ref_logprobs, Tensor? values, Tensor? mask, "
+    "Tensor? bootstrap, Tensor? cu_seqlens, Tensor? lams, float[] numbers, int[] codes, bool moments) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _rollout_implementation,
+    _fake_rollout,
+)

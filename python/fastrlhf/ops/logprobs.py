@@ -1,0 +1,352 @@
+"""Per-token log-probabilities, entropy and log-sum-exp from logits, in one read."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.logprobs import reference
+from . import checks
+from .backend import address, choose, extension, matrix, result_dtype, threads, with_rows
+from .distributed import all_gather, size_and_rank
+from .library import Op, present
+
+INTEGERS = (torch.int32, torch.int64)
+Kept = Tensor | tuple[Tensor, Tensor]
+
+
+class Logprobs(NamedTuple):
+    """Results of `logprobs`; None where not asked for."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    lse: Tensor | None
+
+
+class VocabParallel(NamedTuple):
+    """This rank's contiguous columns [vocab_start, vocab_end) of a vocabulary of vocab_size, cut over `group`."""
+
+    group: Any
+    vocab_start: int
+    vocab_end: int
+    vocab_size: int
+
+
+def logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    lse: bool = False,
+    kept: Kept | None = None,
+    vocab_parallel: Any = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> Logprobs:
+    """Log-probabilities of labels under softmax(softcap(logits) / temperature), in one pass over the logits.
+
+    With x = softcap·tanh(logits/softcap) if there is a soft cap, m = max x, s = Σ e^((x-m)/T)::
+
+        logprobs = (x_y - m)/T - log s        entropy = log s - Σ ((x-m)/T) e^((x-m)/T) / s        lse = m/T + log s
+
+    Statistics are float32 whatever the logits' dtype, differences are taken before scaling, and x = -inf contributes
+    nothing: a common offset of the logits costs no precision. Deterministic, and a row's result does not depend on the
+    rows beside it.
+
+    Args:
+        logits: (..., V), float32, bfloat16, float16 or float64, last stride 1; rows may lie anywhere, so that
+            ``logits[:, :-1]`` is read in place.
+        labels: (...), or (..., K) for K labels a row in the same read; int32 or int64.
+        temperature: > 0; a number, or (...) one for each row. No gradient flows to it.
+        softcap: > 0, or None.
+        ignore_index: rows with this label give logprob 0, entropy 0, gradient 0, and are not read.
+        entropy, lse: whether to return them too; both are differentiable.
+        kept: the sampling mask, as bool (..., V) or CSR ``(indptr (N+1), indices)``, int64: the softmax runs over the
+            kept columns and the labels.
+        vocab_parallel: the logits are this rank's shard of the vocabulary; a process group (equal shards in rank
+            order) or a `VocabParallel`. Labels and CSR indices are global, a bool kept mask is the shard's. One
+            all-gather of 16 bytes a row forward, nothing backward; all ranks get the same bits.
+        inplace_backward: the gradient overwrites the logits, which are destroyed. Ignored under torch.compile.
+        backend: "cpu" or "reference"; None chooses.
+
+    Returns:
+        `Logprobs`: logprobs of labels' shape, entropy and lse (...), float32 (float64 for float64 logits). A label
+        whose logit is -inf gives -inf; a row of only -inf, +inf or NaN in a row give NaN.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape or device. IndexError: a label outside [0, V) that is
+        not ignore_index, with its position.
+
+    Source: online softmax, Milakov & Gimelshein 2018; the definition is ``fastrlhf.kernels.logprobs.reference``.
+    """
+    checks.tensor("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {checks.shape_of(logits)}")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(f"logits: expected last stride 1, got {logits.stride(-1)}; call .contiguous()")
+    checks.tensor("labels", labels, INTEGERS)
+    lead = logits.shape[:-1]
+    if labels.shape != lead and not (labels.dim() == logits.dim() and labels.shape[:-1] == lead and labels.shape[-1] > 0):
+        raise ValueError(
+            f"labels: expected shape {tuple(lead)} or {tuple(lead)} + (K,) for logits {checks.shape_of(logits)}, "
+            f"got {checks.shape_of(labels)}"
+        )
+    checks.same_device("labels", labels, "logits", logits)
+    temperatures = None
+    if isinstance(temperature, Tensor):
+        checks.tensor("temperature", temperature)
+        if temperature.shape != lead:
+            raise ValueError(f"temperature: expected shape {tuple(lead)}, one for each row, got {checks.shape_of(temperature)}")
+        checks.same_device("temperature", temperature, "logits", logits)
+        temperatures, temperature = temperature.detach().double().reshape(-1).contiguous(), 1.0
+    elif temperature != 1.0:
+        checks.number("temperature", temperature, low=0, open_low=True)
+    checks.positive_or_none("softcap", softcap)
+    parallel = None if vocab_parallel is None else _vocab_parallel(vocab_parallel, logits.shape[-1])
+    if kept is not None:
+        _check_kept(kept, logits)
+
+    if choose("logprobs", logits, backend) == "reference":
+        return _reference(logits, labels, temperatures, temperature, softcap, ignore_index, entropy, lse, kept, parallel)
+    mask = indptr = indices = None
+    if isinstance(kept, Tensor):
+        mask = kept.contiguous()
+    elif kept is not None:
+        indptr, indices = kept[0].long().contiguous(), kept[1].long().contiguous()
+    start, total = (parallel.vocab_start, parallel.vocab_size) if parallel else (0, logits.shape[-1])
+    shared = (
+        logits, labels.contiguous(), temperatures, mask, indptr, indices, float(temperature), softcap or 0.0,
+        ignore_index, start, total,
+    )  # fmt: skip
+    if parallel:
+        out = _VocabParallelLogprobs.apply(parallel.group, entropy, lse, inplace_backward, *shared)
+    else:
+        save = torch.is_grad_enabled() and logits.requires_grad
+        out = _logprobs(*shared, entropy, lse, save, inplace_backward)
+    if logits.numel() == 0:  # no rows: an absent result and an empty one look alike
+        empty = logits.new_empty(lead, dtype=result_dtype(logits))
+        return Logprobs(out[0].reshape(labels.shape), empty if entropy else None, empty if lse else None)
+    return Logprobs(out[0], out[1] if entropy else None, out[2] if lse else None)
+
+
+def _check_kept(kept: Any, logits: Tensor) -> None:
+    if isinstance(kept, Tensor):
+        checks.like("kept", kept, "logits", logits, (torch.bool,))
+        return
+    if not (isinstance(kept, tuple) and len(kept) == 2):
+        raise TypeError(f"kept: expected a bool tensor or (indptr, indices), got {type(kept).__name__}")
+    for name, t in zip(("kept indptr", "kept indices"), kept, strict=True):
+        checks.tensor(name, t, INTEGERS)
+        checks.same_device(name, t, "logits", logits)
+        if t.dim() != 1:
+            raise ValueError(f"{name}: expected one dimension, got {checks.shape_of(t)}")
+    rows = logits.numel() // logits.shape[-1]
+    if kept[0].shape[0] != rows + 1:
+        raise ValueError(f"kept indptr: expected {rows + 1} entries for {rows} rows, got {kept[0].shape[0]}")
+
+
+def _vocab_parallel(given: Any, columns: int) -> VocabParallel:
+    if isinstance(given, VocabParallel):
+        if given.vocab_end - given.vocab_start != columns or not 0 <= given.vocab_start <= given.vocab_end <= given.vocab_size:
+            raise ValueError(f"vocab_parallel: {given[1:]} does not fit logits with {columns} columns")
+        return given
+    world, rank = size_and_rank(given)
+    return VocabParallel(given, rank * columns, (rank + 1) * columns, world * columns)
+
+
+def _label_arguments(labels: Tensor, rows: int, start: int, total: int, ignore_index: int) -> tuple[int, ...]:
+    per_row = labels.numel() // rows if rows else 1
+    return (labels.data_ptr(), 4 if labels.dtype == torch.int32 else 5, per_row, start, total, ignore_index)
+
+
+def _kept_arguments(mask: Tensor | None, indptr: Tensor | None, indices: Tensor | None, total: int) -> tuple[int, ...]:
+    return (address(mask), address(indptr), address(indices), 0 if indices is None else indices.shape[0], total)
+
+
+def _forward(
+    logits: Tensor, labels: Tensor, temperatures: Tensor | None, kept_mask: Tensor | None, kept_indptr: Tensor | None,
+    kept_indices: Tensor | None, temperature: float, softcap: float, ignore_index: int, vocab_start: int,
+    vocab_total: int, entropy: bool, lse: bool, save: bool, inplace_backward: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    x, vocab = with_rows(logits), logits.shape[-1]
+    rows = logits.numel() // vocab
+    dtype = result_dtype(logits)
+    out = torch.empty(labels.shape, dtype=dtype)
+    lead = logits.shape[:-1]
+    H = torch.empty(lead, dtype=dtype) if entropy else None
+    z = torch.empty(lead, dtype=dtype) if lse else None
+    m, log_sum = (torch.empty(lead, dtype=dtype), torch.empty(lead, dtype=dtype)) if save else (None, None)
+    extension().logprobs_forward(
+        matrix(x), rows, vocab, _label_arguments(labels, rows, vocab_start, vocab_total, ignore_index),
+        (temperature, address(temperatures), softcap), _kept_arguments(kept_mask, kept_indptr, kept_indices, vocab_total),
+        (out.data_ptr(), address(H), address(z), address(m), address(log_sum)), 0, threads(),
+    )  # fmt: skip
+    return out, H, z, m, log_sum
+
+
+def _fake_forward(logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    entropy, lse, save = rest[-4], rest[-3], rest[-2]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+    def row(wanted: bool) -> Tensor | None:
+        return logits.new_empty(logits.shape[:-1], dtype=dtype) if wanted else None
+
+    return logits.new_empty(labels.shape, dtype=dtype), row(entropy), row(lse), row(save), row(save)
+
+
+def _backward_implementation(
+    logits: Tensor, labels: Tensor, temperatures: Tensor | None, kept_mask: Tensor | None, kept_indptr: Tensor | None,
+    kept_indices: Tensor | None, temperature: float, softcap: float, ignore_index: int, vocab_start: int,
+    vocab_total: int, max_: Tensor, log_sum: Tensor, entropy: Tensor | None, grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None, grad_lse: Tensor | None, inplace: bool = False,
+) -> Tensor:  # fmt: skip
+    x, vocab = with_rows(logits), logits.shape[-1]
+    rows = logits.numel() // vocab
+    grad = x if inplace else torch.empty(x.shape, dtype=x.dtype)
+    grads = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy, grad_lse)]
+    extension().logprobs_backward(
+        matrix(x), rows, vocab, _label_arguments(labels, rows, vocab_start, vocab_total, ignore_index),
+        (temperature, address(temperatures), softcap), _kept_arguments(kept_mask, kept_indptr, kept_indices, vocab_total),
+        (0, address(entropy), 0, max_.data_ptr(), log_sum.data_ptr()),
+        address(grads[0]), address(grads[1]), address(grads[2]), matrix(grad), threads(),
+    )  # fmt: skip
+    if inplace:
+        torch.autograd.graph.increment_version(logits)
+    return grad.detach().view(logits.shape)
+
+
+_INPUTS = (
+    "Tensor logits, Tensor labels, Tensor? temperatures, Tensor? kept_mask, Tensor? kept_indptr, Tensor? kept_indices, "
+    "float temperature, float softcap, int ignore_index, int vocab_start, int vocab_total"
+)
+_logprobs_backward = Op(
+    "logprobs_backward",
+    f"({_INPUTS}, Tensor max, Tensor log_sum, Tensor? entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
+    "Tensor? grad_lse) -> Tensor",
+    _backward_implementation,
+    lambda logits, *rest: torch.empty(logits.shape, dtype=logits.dtype, device=logits.device),
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    tensors, ctx.options = inputs[:6], inputs[6:11]
+    ctx.inplace = inputs[-1]
+    _, H, _, m, log_sum = output
+    ctx.save_for_backward(*tensors, present(m), present(log_sum), present(H))
+
+
+def _backward(ctx: Any, g_logprobs: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    *tensors, m, log_sum, H = ctx.saved_tensors
+    if m is None:  # no rows
+        return torch.zeros_like(tensors[0]), *[None] * 14
+    g_entropy, g_lse = (None if g is None or g.shape != m.shape else g for g in (g_entropy, g_lse))
+    if H is None:
+        g_entropy = None
+    arguments = (*tensors, *ctx.options, m, log_sum, H, g_logprobs, g_entropy, g_lse)
+    if ctx.inplace and not torch.compiler.is_compiling() and type(tensors[0]) is Tensor:
+        grad = _backward_implementation(*arguments, inplace=True)
+    else:
+        grad = _logprobs_backward(*arguments)
+    return grad, *[None] * 14
+
+
+_logprobs = Op(
+    "logprobs",
+    f"({_INPUTS}, bool entropy, bool lse, bool save, bool inplace_backward) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    _setup,
+    _backward,
+)
+
+
+class _VocabParallelLogprobs(torch.autograd.Function):
+    """Each rank's (m, s, t, x_y) a row, one all-gather, combined in rank order; the backward is local."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: Any, entropy: bool, lse: bool, inplace: bool, logits: Tensor, labels: Tensor, *options: Any
+    ) -> tuple[Tensor | None, ...]:
+        temperatures, kept_mask, kept_indptr, kept_indices, temperature, softcap, ignore_index, start, total = options
+        vocab, dtype, lead = logits.shape[-1], result_dtype(logits), logits.shape[:-1]
+        x = with_rows(logits)
+        rows = logits.numel() // vocab
+        label_arguments = _label_arguments(labels, rows, start, total, ignore_index)
+        scaling = (temperature, address(temperatures), softcap)
+        partials = torch.empty(rows, 3 + label_arguments[2], dtype=dtype)
+        extension().logprobs_forward(
+            matrix(x), rows, vocab, label_arguments, scaling, _kept_arguments(kept_mask, kept_indptr, kept_indices, total),
+            (0, 0, 0, 0, 0), partials.data_ptr(), threads(),
+        )  # fmt: skip
+        gathered = all_gather(partials, group)
+        out = torch.empty(labels.shape, dtype=dtype)
+        H, z, m, log_sum = (torch.empty(lead, dtype=dtype) for _ in range(4))
+        results = (out.data_ptr(), H.data_ptr(), z.data_ptr(), m.data_ptr(), log_sum.data_ptr())
+        extension().logprobs_combine(
+            matrix(x), rows, vocab, label_arguments, scaling, results, gathered.data_ptr(), gathered.shape[0]
+        )
+        ctx.save_for_backward(logits, labels, *options[:4], m, log_sum, H)
+        ctx.options, ctx.inplace = options[4:], inplace
+        ctx.set_materialize_grads(False)
+        return out, H if entropy else None, z if lse else None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        *tensors, m, log_sum, H = ctx.saved_tensors
+        grad = _backward_implementation(*tensors, *ctx.options, m, log_sum, H, *grads, inplace=ctx.inplace)
+        return *[None] * 4, grad, *[None] * 10
+
+
+def _reference(
+    logits: Tensor, labels: Tensor, temperatures: Tensor | None, temperature: float, softcap: float | None,
+    ignore_index: int, entropy: bool, lse: bool, kept: Kept | None, parallel: VocabParallel | None,
+) -> Logprobs:  # fmt: skip
+    vocab, lead = logits.shape[-1], logits.shape[:-1]
+    total = parallel.vocab_size if parallel else vocab
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= total))
+    if not torch.compiler.is_compiling() and bool(outside.any()):
+        i = int(outside.reshape(-1).nonzero()[0, 0])
+        raise IndexError(
+            f"labels: {labels.reshape(-1)[i].item()} at flat position {i} is outside [0, {total}) and is not "
+            f"ignore_index ({ignore_index})"
+        )
+    if temperatures is not None and not torch.compiler.is_compiling() and not bool(((temperatures > 0) & temperatures.isfinite()).all()):
+        raise ValueError("temperature: every value must be finite and > 0")
+    x = logits.reshape(-1, vocab)
+    y = labels.reshape(x.shape[0], -1) if x.shape[0] else labels.reshape(0, 1)
+    m, s, t, z, counted, scale = reference.statistics(
+        x, y, temperature=temperature if temperatures is None else temperatures, softcap=softcap,
+        ignore_index=ignore_index, kept=kept, start=parallel.vocab_start if parallel else 0,
+    )  # fmt: skip
+    if parallel:
+        # the other ranks' share enters as a constant: the gradient of this rank's columns is exact
+        parts = all_gather(torch.cat([m, s, t, z], -1).detach(), parallel.group)  # (ranks, N, 3 + K)
+        M = parts[:, :, :1].amax(0)
+
+        def to_common(m_: Tensor, s_: Tensor, t_: Tensor) -> tuple[Tensor, Tensor]:
+            shift = (m_ - M) * scale
+            factor = torch.exp(shift)
+            empty = factor == 0
+            return s_ * factor, torch.where(empty, torch.zeros_like(t_), (t_ + s_ * torch.where(empty, torch.zeros_like(shift), shift)) * factor)
+
+        all_s, all_t = _sum_parts(parts, to_common)
+        own_s, own_t = to_common(m, s, t)
+        s, t = own_s + (all_s - own_s).detach(), own_t + (all_t - own_t).detach()
+        Z = parts[:, :, 3:].amax(0)
+        z = torch.where(z > -torch.inf, z, Z)
+        m = M
+    out, H, lse_ = reference.results(m, s, t, z, counted, scale)
+    return Logprobs(
+        out.reshape(labels.shape), H.reshape(lead) if entropy else None, lse_.reshape(lead) if lse else None
+    )
+
+
+def _sum_parts(parts: Tensor, to_common: Any) -> tuple[Tensor, Tensor]:
+    pairs = [to_common(p[:, :1], p[:, 1:2], p[:, 2:3]) for p in parts]
+    return torch.stack([s for s, _ in pairs]).sum(0), torch.stack([t for _, t in pairs]).sum(0)

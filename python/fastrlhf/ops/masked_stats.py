@@ -1,0 +1,310 @@
+"""Masked mean, variance and whitening: shift-protected, and across ranks when given a group."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.masked_stats import reference
+from . import checks
+from .backend import choose, extension, flat, result_dtype, row_shape, threads, tokens
+from .distributed import all_reduce_sum, merge_moments
+from .library import Op
+
+
+def masked_mean(
+    x: Tensor, mask: Tensor | None, dim: int | None = None, *, group: Any = None, backend: str | None = None
+) -> Tensor:
+    """Mean of the elements that a mask counts: Σ m x / Σ m, 0 where nothing counts.
+
+    Args:
+        x: any shape, floating. Elements of weight 0 may hold anything.
+        mask: x's shape, bool or weights; None counts all.
+        dim: reduce this dimension only; None reduces all.
+        group: a process group to take the mean over (with dim=None); the gradient is this rank's share of it.
+        backend: "cpu" or "reference"; None chooses.
+
+    Returns:
+        0-dim, or x's shape without `dim`; float32 (float64 for float64 x). Differentiable in x.
+
+    Raises:
+        TypeError, ValueError, IndexError: dtype, shape or device that do not fit, a dim that x does not have.
+    """
+    _check(x, mask)
+    if dim is not None and not -x.dim() <= dim < x.dim():
+        raise IndexError(f"dim: expected in [{-x.dim()}, {x.dim()}) for x {checks.shape_of(x)}, got {dim}")
+    if group is not None and dim is not None:
+        raise ValueError("group: a mean across ranks is over all elements; dim must be None")
+    if choose("masked_mean", x, backend) == "reference":
+        if group is not None:
+            values, weights = reference.weighted(x, mask)
+            return _mean_over_ranks((values * weights).sum(), weights.sum(), group)
+        return reference.masked_mean(x, mask, dim)
+    if dim is None:
+        if group is not None:
+            total, count = row_sums(flat(x), None if mask is None else flat(mask), False)
+            return _mean_over_ranks(total[0], count[0], group)
+        mean: Tensor = row_sums(flat(x), None if mask is None else flat(mask), True)[0]
+        return mean.squeeze(0)
+    moved = x.movedim(dim, -1)
+    moved_mask = None if mask is None else mask.movedim(dim, -1)
+    rows = moved.shape[:-1]
+    if moved.dim() == 1:
+        return masked_mean(x, mask, backend=backend)
+    wide = moved.reshape(-1, moved.shape[-1])
+    means: Tensor = row_sums(wide, None if moved_mask is None else moved_mask.reshape(wide.shape), True)[0]
+    return means.reshape(rows)
+
+
+def _mean_over_ranks(total: Tensor, count: Tensor, group: Any) -> Tensor:
+    sums = all_reduce_sum(torch.stack([total.detach(), count.detach()]), group)
+    over = torch.where(sums[1] != 0, sums[1], torch.ones_like(sums[1]))
+    return (sums[0] + total - total.detach()) / over
+
+
+def masked_var(
+    x: Tensor, mask: Tensor | None, *, unbiased: bool = True, group: Any = None, backend: str | None = None
+) -> Tensor:
+    """Variance of the elements that a mask counts: Σ m (x - mean)² / (Σ m - 1), or / Σ m if not unbiased.
+
+    The sum of squared deviations is taken about the mean and merged pairwise, so a large mean costs no precision.
+    0 where the divisor is not positive. Differentiable in x, except across ranks.
+
+    Args:
+        x, mask, group, backend: as for `masked_mean`.
+        unbiased: divide by Σ m - 1.
+
+    Returns:
+        0-dim float32 (float64 for float64 x).
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device that do not fit; a gradient asked for with a group.
+    """
+    _check(x, mask)
+    _no_gradient_across_ranks(x, group)
+    if choose("masked_var", x, backend) == "reference" and group is None:
+        return reference.masked_var(x, mask, unbiased=unbiased)
+    if group is None:
+        out: Tensor = _var(flat(x), None if mask is None else flat(mask), unbiased)
+        return out
+    n, _, m2 = _global_moments(x, mask, group)
+    over = n - 1 if unbiased else n
+    return torch.tensor(m2 / over if over > 0 else 0.0, dtype=result_dtype(x), device=x.device)
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor | None,
+    *,
+    shift_mean: bool = True,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+    group: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Zero mean and unit variance over the elements that a mask counts: (x - mean) / √(var + eps); zeros elsewhere.
+
+    Args:
+        x, mask, backend: as for `masked_mean`.
+        shift_mean: False adds the mean back.
+        unbiased: the variance's divisor is Σ m - 1.
+        eps: added to the variance.
+        group: a process group whose ranks' elements are whitened together: one all-gather of (n, mean, M2), merged
+            pairwise in rank order.
+
+    Returns:
+        x's shape, float32 (float64 for float64 x); zeros where the mask is 0, all zeros for an empty mask.
+        Differentiable in x, except across ranks.
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device that do not fit; a gradient asked for with a group.
+    """
+    _check(x, mask)
+    checks.number("eps", eps, low=0)
+    _no_gradient_across_ranks(x, group)
+    if choose("whiten", x, backend) == "reference" and group is None:
+        return reference.whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps)
+    if group is None:
+        out: Tensor = _whiten(flat(x), None if mask is None else flat(mask), shift_mean, unbiased, eps)[0]
+        return out.view(x.shape)
+    mean, scale = _shift_and_scale(_global_moments(x, mask, group), unbiased, eps)
+    return standardize(flat(x), None if mask is None else flat(mask), mean, scale, 0.0 if shift_mean else mean).view(x.shape)
+
+
+def _check(x: Any, mask: Any) -> None:
+    checks.tensor("x", x)
+    if mask is not None:
+        checks.like("mask", mask, "x", x, checks.MASKS)
+
+
+def _no_gradient_across_ranks(x: Tensor, group: Any) -> None:
+    if group is not None and x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("group: statistics across ranks have no gradient; detach x or call under torch.no_grad()")
+
+
+def _global_moments(x: Tensor, mask: Tensor | None, group: Any) -> tuple[float, float, float]:
+    return merge_moments(*moments(flat(x), None if mask is None else flat(mask)), group, x.device)
+
+
+def moments(x: Tensor, mask: Tensor | None) -> tuple[float, float, float]:
+    """(n, mean, M2) of a (total) tensor, in double."""
+    if not x.is_cpu:
+        values, weights = reference.weighted(x.double(), mask)
+        mean = reference.masked_mean(values, weights)
+        parts = torch.stack([weights.sum(), mean, (weights * (values - mean) ** 2).sum()]).tolist()
+        return parts[0], parts[1], parts[2]
+    result: tuple[float, float, float] = extension().moments(
+        row_shape(x), x.dtype == torch.float64, tokens(x), tokens(mask), threads()
+    )
+    return result
+
+
+def _shift_and_scale(of: tuple[float, float, float], unbiased: bool, eps: float) -> tuple[float, float]:
+    n, mean, m2 = of
+    over = n - 1 if unbiased else n
+    variance = m2 / over if over > 0 else 0.0
+    return mean, 1 / math.sqrt(variance + eps) if variance + eps > 0 else 0.0
+
+
+def standardize(x: Tensor, mask: Tensor | None, shift: float, scale: float, back: float, out: Tensor | None = None) -> Tensor:
+    """(x - shift) scale + back where the mask counts, 0 elsewhere; `out` may be x."""
+    dtype = result_dtype(x)
+    if not x.is_cpu:
+        kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+        return torch.where(kept, (x.to(dtype) - shift) * scale + back, torch.zeros((), dtype=dtype, device=x.device))
+    if out is None:
+        out = torch.empty(x.shape, dtype=dtype)
+    extension().standardize(
+        row_shape(x), dtype == torch.float64, tokens(x), tokens(mask), shift, scale, back, out.data_ptr(), threads()
+    )
+    return out
+
+
+def _row_sums_forward(x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    dtype = result_dtype(x)
+    shape = row_shape(x, cu_seqlens)
+    sums, counts = torch.empty(shape[0], dtype=dtype), torch.empty(shape[0], dtype=dtype)
+    extension().row_sums(
+        shape, dtype == torch.float64, tokens(x), tokens(mask), average, sums.data_ptr(), counts.data_ptr(), threads()
+    )
+    return sums, counts
+
+
+def _fake_row_sums(x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    rows = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else x.shape[0] if x.dim() == 2 else 1
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(rows, dtype=dtype), x.new_empty(rows, dtype=dtype)
+
+
+def _setup_row_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, mask, ctx.average, cu_seqlens = inputs
+    ctx.save_for_backward(mask, cu_seqlens, output[1])
+    ctx.shape, ctx.dtype = x.shape, x.dtype
+
+
+def _backward_row_sums(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    mask, cu_seqlens, counts = ctx.saved_tensors
+    if ctx.average:
+        grad = torch.where(counts != 0, grad / counts.where(counts != 0, torch.ones_like(counts)), torch.zeros_like(grad))
+    if cu_seqlens is not None:
+        g = torch.repeat_interleave(grad, cu_seqlens.diff(), output_size=ctx.shape[0])
+    else:
+        g = grad.unsqueeze(-1).expand(ctx.shape) if len(ctx.shape) == 2 else grad.expand(ctx.shape)
+    g = g if mask is None else g * mask.to(g.dtype)
+    return g.to(ctx.dtype), None, None, None
+
+
+_row_sums = Op(
+    "row_sums",
+    "(Tensor x, Tensor? mask, bool average, Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    _row_sums_forward,
+    _fake_row_sums,
+    _setup_row_sums,
+    _backward_row_sums,
+)
+
+
+def row_sums(x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None = None) -> Any:
+    """Masked sums (or means) of the rows of (B, T), of a pack or of (T), and their counts."""
+    return _row_sums(x, mask, average, cu_seqlens)
+
+
+def _var_forward(x: Tensor, mask: Tensor | None, unbiased: bool) -> Tensor:
+    n, _, m2 = moments(x, mask)
+    over = n - 1 if unbiased else n
+    return torch.tensor(m2 / over if over > 0 else 0.0, dtype=result_dtype(x))
+
+
+def _setup_var(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.unbiased = inputs[2]
+
+
+def _centred(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    values, weights = reference.weighted(x, mask)
+    mean = reference.masked_mean(values, weights)
+    return torch.where(weights != 0, values - mean, torch.zeros_like(values)), weights, weights.sum()
+
+
+def _backward_var(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, mask = ctx.saved_tensors
+    d, weights, n = _centred(x, mask)
+    over = n - 1 if ctx.unbiased else n
+    scale = torch.where(over > 0, grad / over.where(over > 0, torch.ones_like(over)), torch.zeros_like(grad))
+    return (2 * scale * weights * d).to(x.dtype), None, None
+
+
+_var = Op(
+    "masked_var",
+    "(Tensor x, Tensor? mask, bool unbiased) -> Tensor",
+    _var_forward,
+    lambda x, mask, unbiased: x.new_empty((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32),
+    _setup_var,
+    _backward_var,
+)
+
+
+def _whiten_forward(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float) -> tuple[Tensor, Tensor]:
+    mean, scale = _shift_and_scale(moments(x, mask), unbiased, eps)
+    out = standardize(x, mask, mean, scale, 0.0 if shift_mean else mean)
+    return out, torch.tensor([mean, scale], dtype=torch.float64)
+
+
+def _fake_whiten(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(2, dtype=torch.float64)
+
+
+def _setup_whiten(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.options = inputs[2:]
+
+
+def _backward_whiten(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    """z = (x - mean) r, r = (var + eps)^(-1/2): dx = r m (g - ḡ - z Σ(g z)/over), + m ḡ where the mean is added back;
+    g is 0 where the mask is, ḡ its sum over n."""
+    x, mask, (mean, r) = ctx.saved_tensors
+    shift_mean, unbiased, _ = ctx.options
+    d, weights, n = _centred(x, mask)
+    g = torch.where(weights != 0, grad.to(d.dtype), torch.zeros_like(d))
+    r = r.to(d.dtype)
+    over = n - 1 if unbiased else n
+    safe_n, safe_over = n.clamp(min=1), torch.where(over > 0, over, torch.ones_like(over))
+    along = torch.where(over > 0, (g * d).sum() / safe_over, torch.zeros_like(n)) * r * r
+    out = r * (g - weights * (g.sum() / safe_n) - weights * d * along)
+    if not shift_mean:
+        out = out + weights * (g.sum() / safe_n)
+    return out.to(x.dtype), None, None, None, None
+
+
+_whiten = Op(
+    "whiten",
+    "(Tensor x, Tensor? mask, bool shift_mean, bool unbiased, float eps) -> (Tensor, Tensor)",
+    _whiten_forward,
+    _fake_whiten,
+    _setup_whiten,
+    _backward_whiten,
+)

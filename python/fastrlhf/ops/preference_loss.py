@@ -1,0 +1,340 @@
+"""Losses on pairs of sequences and on scalar predictions, and the sequence log-probs under them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.preference_loss import reference
+from . import checks
+from .backend import address, choose, extension, result_dtype
+from .library import Op
+from .masked_stats import row_sums
+from .stats import LossStats
+
+_NAMES = {"cdpo": "dpo", "spin": "dpo"}
+_STATS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "sft_loss")
+_REWARD_STATS = ("accuracy", "margin", "chosen_mean", "rejected_mean")
+_REGRESSION_STATS = ("mse", "mae", "count")
+
+
+class PreferenceLoss(NamedTuple):
+    """`loss` 0-dim, differentiable; `losses` (B), one a pair, differentiable; `stats` a `LossStats`."""
+
+    loss: Tensor
+    losses: Tensor
+    stats: LossStats
+
+
+class RegressionLoss(NamedTuple):
+    """`loss` 0-dim, differentiable; `stats` a `LossStats`."""
+
+    loss: Tensor
+    stats: LossStats
+
+
+def preference_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
+    *,
+    kind: str,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    chosen_rewards: Tensor | None = None,
+    rejected_rewards: Tensor | None = None,
+    reward_scale: float = 1.0,
+    margin: float = 0.0,
+    kl_baseline: float | Tensor = 0.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    sft_coef: float = 0.0,
+    chosen_lengths: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    backend: str | None = None,
+) -> PreferenceLoss:
+    """Losses on preference pairs, from sequence log-probs.
+
+    With c = chosen - ref_chosen, r = rejected - ref_rejected (without the ref where it is None), x = beta (c - r),
+    e = label_smoothing, g = reward_scale (chosen_rewards - rejected_rewards):
+
+    - ``dpo`` (``spin``: rejected is the previous policy's answer): -(1-e) log σ(x) - e log σ(-x); ``cdpo`` is its name
+      with e > 0;
+    - ``robust``: (-(1-e) log σ(x) + e log σ(-x)) / (1 - 2e);
+    - ``ipo``: (c - r - 1/(2 beta))²;  ``hinge``: max(0, 1 - x);  ``rpo_sq``: (x - g)²;
+    - ``rpo_fwd_kl``: KL(Bern(σ(x)) || Bern(σ(g)));  ``rpo_bwd_kl``: KL(Bern(σ(g)) || Bern(σ(x)));
+    - ``simpo``: dpo's of x - margin, of length-averaged log-probs, without reference;
+    - ``orpo``: -beta log σ(log-odds(c) - log-odds(r)), of length-averaged log-probs < 0, without reference;
+    - ``kto``: half of desirable_weight (1 - σ(beta (c - z))) + undesirable_weight (1 - σ(beta (z - r))), z = kl_baseline.
+
+    loss = mean of losses + sft_coef · mean of -chosen / chosen_lengths (-chosen where there are no lengths).
+
+    Args:
+        chosen, rejected, ref_chosen, ref_rejected: (B), floating, see `sequence_logprobs`. The gradient flows to chosen
+            and rejected.
+        beta: > 0.  label_smoothing: in [0, 0.5).
+        chosen_rewards, rejected_rewards: (B), for the rpo kinds.
+        kl_baseline: a number or one-element tensor, >= 0 and without gradient, for kto.
+        chosen_lengths: (B), tokens, > 0.
+        denominator: what the means divide by instead of B: the pairs of the whole batch.
+        backend: "cpu" or "reference"; None chooses.
+
+    Returns:
+        `PreferenceLoss(loss, losses, stats)`, float32 (float64 for float64 chosen); 0 for no pairs. stats: accuracy
+        (c > r), margin beta (c - r), chosen_reward beta c, rejected_reward beta r, sft_loss, means.
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device that do not fit, an unknown kind, an option outside its range, a
+        reference or rewards that the kind needs or must not have.
+
+    Source: dpo Rafailov et al. 2023; cdpo Mitchell 2023; robust Chowdhury et al. 2024; ipo Azar et al. 2024; hinge Zhao
+    et al. 2023; rpo NVIDIA Nemotron-4 2024; simpo Meng et al. 2024; orpo Hong et al. 2024; kto Ethayarajh et al. 2024;
+    spin Chen et al. 2024.
+    """
+    checks.tensor("chosen", chosen)
+    if chosen.dim() != 1:
+        raise ValueError(f"chosen: expected shape (B,), got {checks.shape_of(chosen)}")
+    pairs = chosen.shape[0]
+    optional = {
+        "ref_chosen": ref_chosen, "ref_rejected": ref_rejected, "chosen_rewards": chosen_rewards,
+        "rejected_rewards": rejected_rewards,
+    }  # fmt: skip
+    checks.rows("rejected", rejected, pairs, "pair", chosen)
+    for name, t in optional.items():
+        if t is not None:
+            checks.rows(name, t, pairs, "pair", chosen)
+    if chosen_lengths is not None:
+        checks.rows("chosen_lengths", chosen_lengths, pairs, "pair", chosen, checks.MASKS)
+    if kind == "cdpo" and not label_smoothing:
+        raise ValueError("label_smoothing: must be > 0 for kind='cdpo', got 0")
+    kind = _NAMES.get(kind, kind)
+    code = checks.one_of("kind", kind, reference.KINDS)
+    checks.number("beta", beta, low=0, open_low=True)
+    checks.number("label_smoothing", label_smoothing, low=0, high=0.5)
+    if label_smoothing == 0.5:
+        raise ValueError("label_smoothing: expected in [0, 0.5), got 0.5")
+    for name, value in (("reward_scale", reward_scale), ("margin", margin), ("desirable_weight", desirable_weight),
+                        ("undesirable_weight", undesirable_weight), ("sft_coef", sft_coef)):  # fmt: skip
+        checks.number(name, value)
+    if (ref_chosen is None) != (ref_rejected is None):
+        raise ValueError("ref_chosen, ref_rejected: give both or neither")
+    if kind in ("simpo", "orpo") and ref_chosen is not None:
+        raise ValueError(f"ref_chosen: kind '{kind}' has no reference, got a tensor")
+    if kind not in ("simpo", "orpo") and ref_chosen is None:
+        raise ValueError(f"ref_chosen: kind '{kind}' needs the reference's log-probs, got None")
+    if kind.startswith("rpo") and (chosen_rewards is None or rejected_rewards is None):
+        raise ValueError(f"chosen_rewards, rejected_rewards: kind '{kind}' needs both")
+    if isinstance(kl_baseline, Tensor):
+        kl_baseline = kl_baseline.detach()
+    else:
+        checks.number("kl_baseline", kl_baseline, low=0)
+
+    if choose("preference_loss", chosen, backend) == "reference":
+        losses = reference.preference_losses(
+            chosen, rejected, ref_chosen, ref_rejected, kind=kind, beta=beta, label_smoothing=label_smoothing,
+            chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, reward_scale=reward_scale, margin=margin,
+            kl_baseline=kl_baseline, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight,
+        )  # fmt: skip
+    else:
+        numbers = [float(x) for x in (beta, label_smoothing, reward_scale, margin)]
+        baseline = kl_baseline if isinstance(kl_baseline, Tensor) else None
+        losses = _preference_losses(
+            chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, baseline, code, numbers,
+            [0.0 if baseline is not None else float(kl_baseline), float(desirable_weight), float(undesirable_weight)],
+        )[0]  # fmt: skip
+    over = pairs_divisor(denominator, pairs)
+    loss = losses.sum() / over
+    nll = torch.zeros_like(loss)
+    if sft_coef:
+        nll = -(chosen.to(losses.dtype) / (1 if chosen_lengths is None else chosen_lengths)).sum() / over
+        loss = loss + sft_coef * nll
+    with torch.no_grad():
+        c, r = chosen.detach().to(losses.dtype), rejected.detach().to(losses.dtype)
+        if ref_chosen is not None and ref_rejected is not None:
+            c, r = c - ref_chosen, r - ref_rejected
+        n = max(pairs, 1)
+        values = torch.stack([
+            (c > r).sum() / n, beta * (c - r).sum() / n, beta * c.sum() / n, beta * r.sum() / n, nll.detach(),
+        ])  # fmt: skip
+    return PreferenceLoss(loss, losses, LossStats(values.float(), _STATS))
+
+
+def pairs_divisor(denominator: Any, pairs: int) -> float | Tensor:
+    """What a mean over pairs divides by."""
+    if denominator is None:
+        return float(max(pairs, 1))
+    if isinstance(denominator, Tensor):
+        return denominator.detach()
+    checks.number("denominator", denominator, low=0, open_low=True)
+    return float(denominator)
+
+
+def _forward(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None, chosen_rewards: Tensor | None,
+    rejected_rewards: Tensor | None, baseline: Tensor | None, kind: int, numbers: list[float], kto: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype = result_dtype(chosen, rejected)
+    given = [
+        None if t is None else t.detach().double().contiguous()
+        for t in (chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards)
+    ]
+    losses, d_chosen, d_rejected = (torch.empty(chosen.shape, dtype=torch.float64) for _ in range(3))
+    z = kto[0] if baseline is None else baseline.item()
+    extension().preference_loss(
+        chosen.shape[0], kind, tuple(address(t) for t in given), (*numbers, z, *kto[1:]),
+        (losses.data_ptr(), d_chosen.data_ptr(), d_rejected.data_ptr()),
+    )  # fmt: skip
+    return losses.to(dtype), d_chosen, d_rejected
+
+
+def _fake(chosen: Tensor, rejected: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if torch.float64 in (chosen.dtype, rejected.dtype) else torch.float32
+    wide = chosen.new_empty(chosen.shape, dtype=torch.float64)
+    return chosen.new_empty(chosen.shape, dtype=dtype), wide, torch.empty_like(wide)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], output[2])
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    d_chosen, d_rejected = ctx.saved_tensors
+    return (grad * d_chosen).to(ctx.dtypes[0]), (grad * d_rejected).to(ctx.dtypes[1]), *[None] * 8
+
+
+_preference_losses = Op(
+    "preference_loss",
+    "(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? chosen_rewards, "
+    "Tensor? rejected_rewards, Tensor? baseline, int kind, float[] numbers, float[] kto) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+    _setup,
+    _backward,
+)
+
+
+def reward_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    *,
+    kind: str = "bt",
+    denominator: float | Tensor | None = None,
+    backend: str | None = None,
+) -> PreferenceLoss:
+    """Bradley-Terry losses of a reward model on preference pairs, with x = chosen - rejected:
+
+    ``bt`` -log σ(x); ``margin_bt`` -log σ(x - margin); ``scaled_bt`` -margin log σ(x). loss is their mean.
+
+    Args:
+        chosen, rejected: (B) scores, floating; the gradient flows to both.
+        margin: (B), how much better the chosen one is; for margin_bt and scaled_bt, and only for them.
+        denominator: what the mean divides by instead of B: the pairs of the whole batch.
+        backend: "cpu" or "reference"; None chooses.
+
+    Returns:
+        `PreferenceLoss(loss, losses, stats)`; stats: accuracy (x > 0), margin (mean of x), chosen_mean, rejected_mean.
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device that do not fit, an unknown kind, a margin missing or not wanted.
+
+    Source: Bradley & Terry 1952; margin Touvron et al. 2023 (Llama 2); scaled Wang et al. 2024 (HelpSteer2-Preference).
+    """
+    checks.tensor("chosen", chosen)
+    if chosen.dim() != 1:
+        raise ValueError(f"chosen: expected shape (B,), got {checks.shape_of(chosen)}")
+    checks.rows("rejected", rejected, chosen.shape[0], "pair", chosen)
+    checks.one_of("kind", kind, reference.REWARD_KINDS)
+    if (margin is None) != (kind == "bt"):
+        raise ValueError(f"margin: kind '{kind}' {'has none' if kind == 'bt' else 'needs one'}, got {type(margin).__name__}")
+    if margin is not None:
+        checks.rows("margin", margin, chosen.shape[0], "pair", chosen)
+    if choose("reward_loss", chosen, backend) == "reference":
+        losses = reference.reward_losses(chosen, rejected, margin, kind=kind)
+    else:  # dpo's with beta 1 and no reference; the margin moves the rejected score
+        moved = rejected if margin is None or kind != "margin_bt" else rejected + margin.detach()
+        losses = _preference_losses(chosen, moved, None, None, None, None, None, 0, [1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0])[0]
+        if margin is not None and kind == "scaled_bt":
+            losses = losses * margin.detach()
+    loss = losses.sum() / pairs_divisor(denominator, chosen.shape[0])
+    with torch.no_grad():
+        c, r, n = chosen.detach().to(losses.dtype), rejected.detach().to(losses.dtype), max(chosen.shape[0], 1)
+        values = torch.stack([(c > r).sum() / n, (c - r).sum() / n, c.sum() / n, r.sum() / n])
+    return PreferenceLoss(loss, losses, LossStats(values.float(), _REWARD_STATS))
+
+
+def regression_loss(
+    predictions: Tensor, targets: Tensor, *, ignore_value: float = -100.0, backend: str | None = None
+) -> RegressionLoss:
+    """Mean squared error over the targets that are given: Σ (p - t)² / n over t != ignore_value, 0 where n is 0.
+
+    Args:
+        predictions: any shape, floating, e.g. (B, attributes); the gradient flows to it.
+        targets: the same shape; `ignore_value` where there is none.
+        backend: "cpu" or "reference"; None chooses.
+
+    Returns:
+        `RegressionLoss(loss, stats)`; stats: mse, mae, count.
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device that do not fit.
+
+    Source: attribute-conditioned reward models, Dong et al. 2023 (SteerLM).
+    """
+    checks.tensor("predictions", predictions)
+    checks.like("targets", targets, "predictions", predictions)
+    checks.number("ignore_value", ignore_value)
+    counted = targets != ignore_value
+    if choose("regression_loss", predictions, backend) == "reference":
+        loss = reference.regression_loss(predictions, targets, ignore_value=ignore_value)
+    else:
+        from .value_loss import value_loss
+
+        loss = value_loss(
+            predictions.reshape(-1), None, targets.detach().reshape(-1), counted.reshape(-1), clip=None, backend=backend
+        ).loss * 2  # fmt: skip
+    with torch.no_grad():
+        error = torch.where(counted, predictions.detach().float() - targets.float(), torch.zeros((), device=targets.device))
+        n = counted.sum()
+        values = torch.stack([loss.detach().float(), error.abs().sum() / n.clamp(min=1), n.float()])
+    return RegressionLoss(loss, LossStats(values, _REGRESSION_STATS))
+
+
+def sequence_logprobs(
+    logprobs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    average: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-probs of sequences: Σ_t m_t logprobs_t, over Σ_t m_t if average; 0 for one without a counted token.
+
+    Args:
+        logprobs: (B, T), packed (total) with `cu_seqlens`, or (T) as one sequence; the gradient flows to it.
+        mask: the same shape, bool or weights; None counts all.
+        cu_seqlens: (B + 1), int32 or int64.
+        backend: "cpu" or "reference"; None chooses.
+
+    Returns:
+        (B), float32 (float64 for float64 logprobs), in nats.
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device that do not fit, cu_seqlens that fall or do not end at the number of
+        tokens.
+    """
+    cu = checks.token_matrix("logprobs", logprobs, cu_seqlens)
+    if mask is not None:
+        checks.like("mask", mask, "logprobs", logprobs, checks.MASKS)
+    if choose("sequence_logprobs", logprobs, backend) == "reference":
+        row = logprobs.dim() == 1 and cu is None
+        return reference.sequence_logprobs(
+            logprobs.unsqueeze(0) if row else logprobs, mask.unsqueeze(0) if row and mask is not None else mask,
+            cu_seqlens=cu, average=average,
+        )  # fmt: skip
+    out: Tensor = row_sums(logprobs, mask, average, cu)[0]
+    return out

@@ -1,0 +1,201 @@
+"""Sampling of tokens, with the log-probability under what was sampled from and the set it was cut to."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.sampling import reference
+from . import checks
+from .backend import address, choose, extension, matrix, threads, with_rows
+from .library import Op
+
+
+class Sample(NamedTuple):
+    """`tokens` int64 (...); `logprobs` float32 (...); `kept` CSR (indptr (N+1), indices), int64. None where not asked."""
+
+    tokens: Tensor
+    logprobs: Tensor | None
+    kept: tuple[Tensor, Tensor] | None
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    logprobs: bool = True,
+    kept: bool = False,
+    backend: str | None = None,
+) -> Sample:
+    """Draw one token a row from softmax(logits / temperature), cut to the top_k highest, of those to the smallest set
+    from the highest whose probability reaches top_p, of those to the ones with at least min_p of the highest's. Ties with
+    the last token kept are kept.
+
+    One uniform number a row, from Philox 4x32-10 by (seed, row), or by (seed[row], 0) when each row has its own seed:
+    then a row's token does not depend on what else is in the batch.
+
+    Args:
+        logits: (..., V), float32, bfloat16, float16 or float64 (sampled as float32), last stride 1.
+        temperature: >= 0, a number or (...); 0 takes the highest logit, the first of equals, with logprob 0.
+        top_k: >= 0, an integer or (...); 0 for no cut.
+        top_p: in (0, 1], a number or (...).  min_p: in [0, 1], a number or (...).
+        generator: where the seed comes from when none is given; None is torch's default generator.
+        seed: an integer, or int64 (...), one for each row.
+        logprobs: whether to return log-probabilities: of the tokens, within the kept set, at the temperature.
+        kept: whether to return the kept sets, in the form that `fastrlhf.logprobs` takes.
+        backend: "cpu" or "reference"; None chooses.
+
+    Returns:
+        `Sample(tokens, logprobs, kept)`.
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device that do not fit, an option outside its range, a row without a
+        largest finite logit.
+    """
+    checks.tensor("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {checks.shape_of(logits)}")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(f"logits: expected last stride 1, got {logits.stride(-1)}; call .contiguous()")
+    rows: list[Tensor | None] = []
+    scalars: list[float] = []
+    for name, value, low, high, open_low in (
+        ("temperature", temperature, 0.0, float("inf"), False), ("top_k", top_k, 0.0, float("inf"), False),
+        ("top_p", top_p, 0.0, 1.0, True), ("min_p", min_p, 0.0, 1.0, False),
+    ):  # fmt: skip
+        if isinstance(value, Tensor):
+            rows.append(_per_row(name, value, logits, low, high, open_low))
+            scalars.append(0.0)
+        else:
+            checks.number(name, value, low=low, high=high, open_low=open_low)
+            if name == "top_k" and not isinstance(value, int):
+                raise TypeError(f"top_k: expected an integer, got {type(value).__name__}")
+            rows.append(None)
+            scalars.append(float(value))
+    seeds = None
+    if isinstance(seed, Tensor):
+        checks.tensor("seed", seed, (torch.int64,))
+        if seed.shape != logits.shape[:-1]:
+            raise ValueError(f"seed: expected shape {tuple(logits.shape[:-1])}, one for each row, got {checks.shape_of(seed)}")
+        seeds, seed = seed.reshape(-1).contiguous(), 0
+    elif seed is None:
+        seed = int(torch.randint(2**62, (), generator=generator, dtype=torch.int64))
+    elif not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: expected an integer or an int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
+    if choose("sample", logits, backend) == "reference":
+        return _reference(logits, rows, scalars, seeds, seed, logprobs, kept)
+    tokens, lp, thresholds, counts = _sample(logits, *rows, seeds, scalars, seed, logprobs, kept)
+    if not kept:
+        return Sample(tokens, lp if logprobs else None, None)
+    indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Sample(tokens, lp if logprobs else None, (indptr, _kept_indices(logits, thresholds, indptr)))
+
+
+def _per_row(name: str, value: Tensor, logits: Tensor, low: float, high: float, open_low: bool) -> Tensor:
+    checks.tensor(name, value, (torch.int32, torch.int64) if name == "top_k" else checks.FLOATS)
+    if value.shape != logits.shape[:-1]:
+        raise ValueError(f"{name}: expected shape {tuple(logits.shape[:-1])}, one for each row, got {checks.shape_of(value)}")
+    checks.same_device(name, value, "logits", logits)
+    if not torch.compiler.is_compiling():
+        bad = ~((value > low if open_low else value >= low) & (value <= high) & (value < float("inf")))
+        if bool(bad.any()):
+            i = int(bad.reshape(-1).nonzero()[0, 0])
+            raise ValueError(f"{name}: {value.reshape(-1)[i].item()} at flat position {i} is outside its range")
+    return value.detach().to(torch.int64 if name == "top_k" else torch.float64).reshape(-1).contiguous()
+
+
+def _forward(
+    logits: Tensor, temperatures: Tensor | None, top_ks: Tensor | None, top_ps: Tensor | None, min_ps: Tensor | None,
+    seeds: Tensor | None, scalars: list[float], seed: int, logprobs: bool, kept: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    x, vocab = with_rows(logits), logits.shape[-1]
+    rows, lead = logits.numel() // vocab, logits.shape[:-1]
+    tokens = torch.empty(lead, dtype=torch.int64)
+    lp = torch.empty(lead) if logprobs else None
+    thresholds = torch.empty(rows)
+    counts = torch.empty(rows, dtype=torch.int64) if kept else None
+    temperature, top_k, top_p, min_p = scalars
+    extension().sample(
+        matrix(x), rows, vocab, (temperature, int(top_k), top_p, min_p, seed),
+        tuple(address(t) for t in (temperatures, top_ks, top_ps, min_ps, seeds)),
+        tokens.data_ptr(), address(lp), thresholds.data_ptr(), address(counts), threads(),
+    )  # fmt: skip
+    return tokens, lp, thresholds, counts
+
+
+def _fake(logits: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    logprobs, kept = rest[-2:]
+    lead, rows = logits.shape[:-1], logits.numel() // logits.shape[-1]
+    return (
+        logits.new_empty(lead, dtype=torch.int64),
+        logits.new_empty(lead, dtype=torch.float32) if logprobs else None,
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.int64) if kept else None,
+    )
+
+
+_sample = Op(
+    "sample",
+    "(Tensor logits, Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor? seeds, "
+    "float[] scalars, int seed, bool logprobs, bool kept) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+)
+
+
+def _kept_implementation(logits: Tensor, thresholds: Tensor, indptr: Tensor) -> Tensor:
+    x, vocab = with_rows(logits), logits.shape[-1]
+    indices = torch.empty(int(indptr[-1]), dtype=torch.int64)
+    extension().kept_indices(
+        matrix(x), logits.numel() // vocab, vocab, thresholds.data_ptr(), indptr.data_ptr(), indices.data_ptr(), threads()
+    )
+    return indices
+
+
+_kept_indices = Op(
+    "kept_indices",
+    "(Tensor logits, Tensor thresholds, Tensor indptr) -> Tensor",
+    _kept_implementation,
+    lambda logits, thresholds, indptr: logits.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64),
+)
+
+
+def _reference(
+    logits: Tensor, per_row: list[Tensor | None], scalars: list[float], seeds: Tensor | None, seed: int, logprobs: bool,
+    kept: bool,
+) -> Sample:  # fmt: skip
+    x, lead = logits.detach().reshape(-1, logits.shape[-1]), logits.shape[:-1]
+    tokens, lps, sets = [], [], []
+    for i in range(x.shape[0]):
+        if not bool(x[i].max().isfinite()) or bool(x[i].isnan().all()):
+            raise ValueError(f"logits: row {i} has no largest finite logit to sample from")
+        temperature, top_k, top_p, min_p = (
+            s if t is None else float(t[i]) for s, t in zip(scalars, per_row, strict=True)
+        )
+        token, lp, keep = reference.sample_row(
+            x[i], temperature=temperature, top_k=int(top_k), top_p=top_p, min_p=min_p,
+            seed=seed if seeds is None else int(seeds[i]), counter=i if seeds is None else 0,
+        )  # fmt: skip
+        tokens.append(token)
+        lps.append(lp)
+        sets.append(keep.nonzero().squeeze(-1))
+    cut = None
+    if kept:
+        counts = torch.tensor([0, *(len(s) for s in sets)])
+        cut = (counts.cumsum(0), torch.cat(sets) if sets else torch.empty(0, dtype=torch.int64))
+    return Sample(
+        torch.tensor(tokens, dtype=torch.int64).reshape(lead),
+        torch.tensor(lps, dtype=torch.float32).reshape(lead) if logprobs else None,
+        cut,
+    )
+
+

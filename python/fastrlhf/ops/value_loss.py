@@ -1,0 +1,129 @@
+"""The clipped value loss: loss, gradient and statistics in one pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.policy_loss.reference import REDUCTIONS
+from ..kernels.value_loss import reference
+from . import checks
+from .backend import address, choose, extension, result_dtype, row_shape, threads, tokens
+from .library import Op, present
+from .policy_loss import global_denominator
+from .stats import LossStats
+
+
+class ValueLoss(NamedTuple):
+    """`loss` 0-dim, differentiable; `stats` a `LossStats`."""
+
+    loss: Tensor
+    stats: LossStats
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor | None,
+    *,
+    clip: float | None = 0.2,
+    reduction: str = "token-mean",
+    denominator: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    group: Any = None,
+    backend: str | None = None,
+) -> ValueLoss:
+    """PPO's value loss: 0.5 max((V - R)², (V_old + clamp(V - V_old, ±clip) - R)²); clip=None is 0.5 (V - R)².
+
+    Args:
+        values: (B, T), packed (total) with `cu_seqlens`, or (T) as one sequence; floating. The gradient flows to it only.
+        old_values: the same shape; None only with clip=None.
+        returns: the same shape.
+        mask: the same shape, bool or weights; None counts all. What is masked may hold anything.
+        clip: > 0, or None.
+        reduction, denominator, cu_seqlens, group, backend: as for `policy_loss`.
+
+    Returns:
+        `ValueLoss(loss, stats)`: loss 0-dim float32 (float64 for float64 values), 0 with gradient 0 where nothing is
+        counted. stats: clip_fraction (the clipped error is the larger), explained_variance 1 - Var(R - V)/Var(R) (0 where
+        R does not vary), value_mean, return_mean, tokens.
+
+    Raises:
+        TypeError, ValueError: as for `policy_loss`.
+
+    Source: Schulman et al. 2017 and the reference implementation that clips values.
+    """
+    cu = checks.token_matrix("values", values, cu_seqlens)
+    checks.like("returns", returns, "values", values)
+    if old_values is None and clip is not None:
+        raise ValueError(f"old_values: needed for clip={clip}, got None")
+    if old_values is not None:
+        checks.like("old_values", old_values, "values", values)
+    if mask is not None:
+        checks.like("mask", mask, "values", values, checks.MASKS)
+    checks.positive_or_none("clip", clip)
+    code = checks.one_of("reduction", reduction, REDUCTIONS)
+    denominator = global_denominator(denominator, values, mask, cu, reduction, group)
+    if choose("value_loss", values, backend) == "reference":
+
+        def row(t: Tensor | None) -> Any:
+            return t.unsqueeze(0) if t is not None and t.dim() == 1 and cu is None else t
+
+        loss, stats = reference.value_loss(
+            row(values), row(old_values), row(returns), row(mask), clip=clip, reduction=reduction, denominator=denominator,
+            cu_seqlens=cu,
+        )  # fmt: skip
+        return ValueLoss(loss, LossStats(stats, reference.STATS))
+    given = denominator if isinstance(denominator, Tensor) else None
+    number = math.nan if denominator is None or given is not None else float(denominator)
+    loss, stats, _ = _value_loss(
+        values, old_values, returns, mask, cu, given, clip or math.inf, code, number,
+        torch.is_grad_enabled() and values.requires_grad,
+    )  # fmt: skip
+    return ValueLoss(loss, LossStats(stats, reference.STATS))
+
+
+def _forward(
+    values: Tensor, old_values: Tensor | None, returns: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
+    given: Tensor | None, clip: float, reduction: int, denominator: float, grad: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    dtype = result_dtype(values, returns)
+    loss, stats = torch.empty((), dtype=dtype), torch.empty(len(reference.STATS))
+    d_values = torch.empty(values.shape, dtype=dtype) if grad else None
+    extension().value_loss(
+        row_shape(values, cu_seqlens), dtype == torch.float64, tokens(values), tokens(old_values), tokens(returns),
+        tokens(mask), clip, reduction, denominator if given is None else given.item(), address(d_values), loss.data_ptr(),
+        stats.data_ptr(), threads(),
+    )  # fmt: skip
+    return loss, stats, d_values
+
+
+def _fake(values: Tensor, old: Any, returns: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    dtype = torch.float64 if torch.float64 in (values.dtype, returns.dtype) else torch.float32
+    grad = values.new_empty(values.shape, dtype=dtype) if rest[-1] else None
+    return values.new_empty((), dtype=dtype), values.new_empty(len(reference.STATS), dtype=torch.float32), grad
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    ctx.save_for_backward(present(output[2]))
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    (d_values,) = ctx.saved_tensors
+    return None if d_values is None else (d_values * grad).to(ctx.dtype), *[None] * 9
+
+
+_value_loss = Op(
+    "value_loss",
+    "(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask, Tensor? cu_seqlens, Tensor? given, float clip, "
+    "int reduction, float denominator, bool grad) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+    _setup,
+    _backward,
+)
