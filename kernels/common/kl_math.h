@@ -30,7 +30,10 @@ inline V kl_slope(KlKind kind, V d) {
     case KlKind::k1: return one;
     case KlKind::abs: return select(d > zero, one, select(d < zero, zero - one, zero));
     case KlKind::k2: return d;
-    default: return d - expm1_minus_x(zero - d);  // 1 - e^-d
+    default: {  // 1 - e^-d
+      const V half = V::set(0.5), large = one - exp(zero - d);
+      return select(d < half, select(d > zero - half, d - expm1_minus_x(zero - d), large), large);
+    }
   }
 }
 

@@ -1,6 +1,6 @@
 // One row's softmax statistics in one read: the maximum m, s = sum e^((x-m)/T), and t = sum ((x-m)/T) e^((x-m)/T).
 //
-// Blocks are summed relative to the highest logit of the blocks before; the block's own maximum is taken on the way,
+// Blocks (2048 elements with 16 lanes) are summed relative to the highest logit of the blocks before; the block's own maximum is taken on the way,
 // and a block that rises more than a factor of two above is summed again from cache (a few blocks a row). Two visits
 // to every block, for the maximum and for the exponentials, cost 10 to 20 % more on a machine whose memory keeps up.
 // A block is summed in single precision, the row in double.
@@ -17,7 +17,7 @@
 
 namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
 
-constexpr int64_t block_size = 2048;
+constexpr int64_t block_size = 128 * F32::W;  // so that a lane never sums more than 128 terms (256 without entropy)
 constexpr double log2e = 1.4426950408889634;
 
 // 2^(x c - k), the reference point in units of x being k / c.
@@ -25,10 +25,10 @@ template <class T>
 struct Exponent {
   T c, k, max;
   double reference;
-  bool fused;  // false: x c would leave the float range, so the difference is taken first
+  bool fused;  // false: x c - k would round twice or leave the float range, so the difference is taken first
 
   Exponent(T max_, double scale) : c(static_cast<T>(scale * log2e)), k(max_ * c), max(max_) {
-    fused = std::abs(k) < T(1e30);
+    fused = VectorOf<T>::type::fuses && std::abs(k) < T(1e30);
     reference = fused ? static_cast<double>(k) / c : static_cast<double>(max);
   }
   template <bool Fused, class V>

@@ -65,9 +65,9 @@ void advantages(const RolloutArgs& a, int64_t n, const T* rewards, const T* valu
   if (zeroing || gaps) {  // tokens that do not count may hold anything
     const T* keep = zeroing ? mask : w;
     for (int64_t i = 0; i < padded; i += V::W) {
-      const auto kept = V::load(keep + i) != zero;
-      select(kept, V::load(rewards + i), zero).store(c.rewards.data + i);
-      select(kept, V::load(values + i), zero).store(c.delta.data + i);
+      const V k = V::load(keep + i);
+      select(k != zero, k * V::load(rewards + i), zero).store(c.rewards.data + i);
+      select(k != zero, k * V::load(values + i), zero).store(c.delta.data + i);
     }
     rewards = c.rewards.data;
   }

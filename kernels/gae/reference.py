@@ -79,19 +79,21 @@ def gae(
         inside = unpack(torch.ones_like(rewards, dtype=torch.bool), cu_seqlens)
         counted = inside if mask is None or mask_mode == "none" else unpack(mask != 0, cu_seqlens)
         r, v = unpack(rewards, cu_seqlens), unpack(values, cu_seqlens)
-        if mask_mode == "zero":
-            r, v = torch.where(counted, r, 0), torch.where(counted, v, 0)
+        if mask_mode == "zero" and mask is not None:
+            weights = unpack(mask, cu_seqlens).to(compute_dtype(r, v))
+            r, v = (torch.where(weights != 0, x * weights, torch.zeros_like(weights)) for x in (r, v))
             counted = inside
         a, returns = gae(r, v, counted, gamma=gamma, lam=lam, bootstrap=bootstrap)
         return pack(a, cu_seqlens), pack(returns, cu_seqlens)
     dtype = compute_dtype(rewards, values)
     rewards, values = rewards.to(dtype), values.to(dtype)
     counted = torch.ones_like(rewards, dtype=torch.bool) if mask is None or mask_mode == "none" else mask != 0
-    if mask_mode == "zero":
+    if mask_mode == "zero" and mask is not None:
         zero = torch.zeros_like(rewards)
-        rewards, values = torch.where(counted, rewards, zero), torch.where(counted, values, zero)
+        assert mask is not None
+        rewards, values = (torch.where(counted, x * mask.to(dtype), zero) for x in (rewards, values))
         counted = torch.ones_like(counted)
-    next_value = torch.zeros_like(rewards[:, 0]) if bootstrap is None else bootstrap.to(dtype)
+    next_value = rewards.new_zeros(rewards.shape[0]) if bootstrap is None else bootstrap.to(dtype)
     advantage = torch.zeros_like(next_value)
     out = torch.zeros_like(rewards)
     for t in reversed(range(rewards.shape[1])):

@@ -27,7 +27,7 @@ void one_group(const GroupArgs& a, const int64_t* members, int64_t n) {
     double& out = a.advantages[members[i]];
     switch (a.kind) {
       case GroupKind::grpo:
-        out = n == 1 ? s / (1 + a.eps) : (s - mean) / (std::sqrt(m2 / (a.unbiased ? n - 1 : n)) + a.eps);
+        out = n == 1 ? s / (1 + a.eps) : m2 == 0 ? 0 : (s - mean) / (std::sqrt(m2 / (a.unbiased ? n - 1 : n)) + a.eps);
         break;
       case GroupKind::rloo: out = n == 1 ? s : (s - mean) * (static_cast<double>(n) / (n - 1)); break;
       case GroupKind::opo: out = s - (weights > 0 ? weighted / weights : 0); break;

@@ -27,7 +27,9 @@ def group_advantages(
         members = (group_ids == group).nonzero().squeeze(-1)
         x, n = s[members], len(members)
         if kind == "grpo":
-            value = x / (1 + eps) if n == 1 else (x - x.mean()) / (x.std(unbiased=unbiased) + eps)
+            spread = x.std(unbiased=unbiased) if n > 1 else torch.ones_like(x[0])
+            centred = x if n == 1 else x - x.mean()
+            value = centred / (spread + eps) if spread > 0 else torch.zeros_like(x)
         elif kind == "rloo":
             value = x if n == 1 else (x - x.mean()) * n / (n - 1)
         elif kind == "opo":

@@ -101,11 +101,12 @@ RowStats<T> row_stats(const LogprobsArgs& a, int64_t row, const S* x, T* buffer,
 // What a row's statistics say of its labels; z: the (soft-capped) label logits, -inf where another rank holds them.
 template <class T>
 void write_row_results(const LogprobsArgs& a, int64_t row, T max_, double sum_, double weighted, const T* z) {
-  const double scale = scale_of(a, row), log_sum = std::log(sum_);
+  // the sum is at least 1, its largest term, but for rounding: no log-probability above 0, no entropy below
+  const double scale = scale_of(a, row), log_sum = sum_ > 0 && sum_ < 1 ? 0 : std::log(sum_ == 0 ? NAN : sum_), entropy = log_sum - weighted / sum_;
   for (int64_t k = 0; k < a.labels_per_row; ++k)
     static_cast<T*>(a.logprobs)[row * a.labels_per_row + k] = label_at(a, row, k) == a.ignore_index
         ? T(0) : static_cast<T>((static_cast<double>(z[k]) - max_) * scale - log_sum);
-  if (a.entropies) static_cast<T*>(a.entropies)[row] = static_cast<T>(log_sum - weighted / sum_);
+  if (a.entropies) static_cast<T*>(a.entropies)[row] = static_cast<T>(entropy < 0 ? 0 : entropy);
   if (a.lse) static_cast<T*>(a.lse)[row] = static_cast<T>(max_ * scale + log_sum);
   if (a.max) static_cast<T*>(a.max)[row] = max_;
   if (a.log_sum) static_cast<T*>(a.log_sum)[row] = static_cast<T>(log_sum);

@@ -53,7 +53,7 @@ def statistics(
     m = x.detach().amax(-1, keepdim=True)
     u = (x - m) * scale
     e = torch.exp(u)
-    t = (torch.where(u == -torch.inf, torch.zeros_like(u), u) * e).sum(-1, keepdim=True)
+    t = (torch.where(e == 0, torch.zeros_like(u), u) * e).sum(-1, keepdim=True)
     return m, e.sum(-1, keepdim=True), t, z, counted, torch.as_tensor(scale, dtype=x.dtype)
 
 
@@ -88,7 +88,7 @@ def logprobs(
     """log-probs (labels' shape), entropy and lse (the leading shape) of `labels` under softmax(softcap(logits) / T)."""
     vocab = logits.shape[-1]
     x = logits.reshape(-1, vocab)
-    y = labels.reshape(x.shape[0], -1)
+    y = labels.reshape(x.shape[0], labels.shape[-1] if labels.dim() == logits.dim() else 1)
     out, entropy, lse = results(
         *statistics(x, y, temperature=temperature, softcap=softcap, ignore_index=ignore_index, kept=kept)
     )

@@ -39,5 +39,7 @@ def whiten(
     """(x - mean) / √(var + eps), + mean unless shift_mean; zeros where the mask is 0."""
     x, w = weighted(x, mask)
     mean = masked_mean(x, w)
-    out = (x - mean) * torch.rsqrt(masked_var(x, w, unbiased=unbiased) + eps)
+    spread = masked_var(x, w, unbiased=unbiased) + eps
+    some = spread > 0
+    out = (x - mean) * torch.where(some, torch.rsqrt(torch.where(some, spread, torch.ones_like(spread))), spread * 0)
     return torch.where(w != 0, out if shift_mean else out + mean, torch.zeros_like(out))

@@ -10,11 +10,12 @@ namespace {
 // Two phases over units of a row. The first counts tokens and, for what depends on a whole sequence, sums it; rows are
 // then closed in order; the second computes losses, gradients and statistics.
 struct RowPart {
-  double tokens = 0, log_ratio = 0, clipped_log_ratio = 0, positive = 0, negative = 0, advantage = 0, mismatch = 0;
+  double tokens = 0, log_ratio = 0, clipped_log_ratio = 0, positive = 0, negative = 0, advantage = 0, weight = 0, mismatch = 0;
 
   void add(const RowPart& o) {
     tokens += o.tokens, log_ratio += o.log_ratio, clipped_log_ratio += o.clipped_log_ratio;
-    positive += o.positive, negative += o.negative, advantage += o.advantage, mismatch += o.mismatch;
+    positive += o.positive, negative += o.negative, advantage += o.advantage, weight += o.weight;
+    mismatch += o.mismatch;
   }
 };
 
@@ -23,6 +24,7 @@ struct RowPlan {
   double ratio = 1;         // the sequence's, for gspo and gmpo
   double ratio_grad = 0;    // gspo: d objective / d logprobs_t
   double advantage = 0;     // gmpo: the sequence's mean
+  double mean_weight = 1;   // gmpo: of the tokens' importance weights
   double correction = 1;    // the sequence's importance weight
   double uncorrected = 1;
 };
@@ -76,7 +78,8 @@ RowPart row_part(const PolicyArgs& a, const Inputs<T>& in, int64_t n) {
   const bool sequence = a.kind == PolicyKind::gspo || a.kind == PolicyKind::gmpo;
   const bool corrected = a.correction != Correction::none && a.correction_level != CorrectionLevel::token;
   const bool token_weights = a.correction != Correction::none && !corrected;
-  V tokens = zero, log_ratio = zero, clipped = zero, positive = zero, negative = zero, advantage = zero, mismatch = zero;
+  V tokens = zero, log_ratio = zero, clipped = zero, positive = zero, negative = zero, advantage = zero, weights = zero,
+    mismatch = zero;
   const V low = V::set(static_cast<T>(-a.clip_low)), high = V::set(static_cast<T>(a.clip_high));
   const V bound = V::set(static_cast<T>(mismatch_bound));
   for (int64_t i = 0; i < n; i += V::W) {
@@ -95,10 +98,11 @@ RowPart row_part(const PolicyArgs& a, const Inputs<T>& in, int64_t n) {
     positive = positive + select(counted, weight * max(zero, A), zero);
     negative = negative + select(counted, weight * min(zero, A), zero);
     advantage = advantage + select(counted, m * A, zero);
+    weights = weights + select(counted, weight, zero);
   }
   RowPart part;
   part.tokens = sum(tokens), part.log_ratio = sum(log_ratio), part.clipped_log_ratio = sum(clipped);
-  part.positive = sum(positive), part.negative = sum(negative), part.advantage = sum(advantage), part.mismatch = sum(mismatch);
+  part.positive = sum(positive), part.negative = sum(negative), part.advantage = sum(advantage), part.weight = sum(weights), part.mismatch = sum(mismatch);
   return part;
 }
 
@@ -123,13 +127,18 @@ RowPlan close_row(const PolicyArgs& a, const RowPart& p, const Totals& totals) {
     const bool inside = std::abs(mean) <= a.ratio_clamp;
     const double r = std::exp(inside ? mean : mean > 0 ? a.ratio_clamp : -a.ratio_clamp);
     plan.ratio = r;
-    // the objective is A min(r, delta, 1 + high) for A > 0 and A min(max(min(r, delta), 1 - low), dual) for A < 0
-    const double slope = (r <= 1 + a.clip_high && r <= a.delta ? p.positive : 0) +
-                         (r >= 1 - a.clip_low && r <= a.dual_clip && r <= a.delta ? p.negative : 0);
+    // the objective is A min(free, held) for A > 0 and A min(max(free, held), dual_clip) for A < 0
+    const double low = 1 - a.clip_low, high = 1 + a.clip_high;
+    const double free_ = r < a.delta ? r : a.delta, held = r < low ? low : r > high ? high : r;
+    const bool free_moves = r <= a.delta, held_moves = r >= low && r <= high;
+    const bool up = free_ <= held ? free_moves : held_moves;
+    const bool down = (free_ >= held ? free_moves : held_moves) && (free_ > held ? free_ : held) <= a.dual_clip;
+    const double slope = (up ? p.positive : 0) + (down ? p.negative : 0);
     plan.ratio_grad = inside ? slope * r / p.tokens * plan.correction : 0;
   } else if (a.kind == PolicyKind::gmpo) {
     plan.ratio = std::exp(p.clipped_log_ratio / p.tokens);
     plan.advantage = p.advantage / p.tokens;
+    plan.mean_weight = (a.correction == Correction::none || a.correction_level != CorrectionLevel::token ? p.tokens : p.weight) / p.tokens * plan.correction;
   }
   return plan;
 }
@@ -143,10 +152,13 @@ void objective(const PolicyArgs& a, const RowPlan& plan, V logprob, V A, V d, V 
   low = high = dual = zero;
   if constexpr (kind == PolicyKind::ppo || kind == PolicyKind::gspo) {
     const V delta = V::set(static_cast<T>(a.delta)), c = V::set(static_cast<T>(a.dual_clip));
-    const V free_ = A * min(r, delta), held = A * clamp(r, floor_, ceiling);
+    const auto some = A != zero;  // r may be inf, and 0 * inf is not 0
+    const V free_ = select(some, A * min(r, delta), zero), held = A * clamp(r, floor_, ceiling);
     const auto clipped = held < free_;
     value = select(clipped, held, free_);
-    slope = select(clipped, zero, select(r <= delta, A, zero)) * r * inside;
+    const auto free_moves = r <= delta, held_moves = clamp(r, floor_, ceiling) >= r;
+    const V along = select(some, A * r * inside, zero);
+    slope = select(clipped, select(held_moves, select(r >= floor_, along, zero), zero), select(free_moves, along, zero));
     high = select(clipped, select(A > zero, one, zero), zero);
     low = select(clipped, select(A < zero, one, zero), zero);
     const V least = select(A < zero, A * c, V::set(-INFINITY));
@@ -166,15 +178,16 @@ void objective(const PolicyArgs& a, const RowPlan& plan, V logprob, V A, V d, V 
   } else if constexpr (kind == PolicyKind::sapo) {
     const V tau = select(A > zero, V::set(static_cast<T>(a.tau_pos)), V::set(static_cast<T>(a.tau_neg)));
     const V gate = one / (one + exp(zero - tau * (r - one)));
+    const V bend = gate * (one - gate);
     value = A * gate * V::set(4) / tau;
-    slope = A * gate * (one - gate) * V::set(4) * r * inside;
+    slope = select(bend > zero, A * bend * V::set(4) * r * inside, zero);
   } else {
     const V up = V::set(static_cast<T>(a.clip_high)), down = V::set(static_cast<T>(-a.clip_low));
     const V mean = V::set(static_cast<T>(plan.advantage)), ratio = V::set(static_cast<T>(plan.ratio));
     high = select(A > zero, select(d > up, one, zero), zero);
     low = select(A < zero, select(d < down, one, zero), zero);
     value = mean * ratio;
-    slope = select(A != zero, mean * ratio * (one - high) * (one - low), zero);
+    slope = select(A != zero, mean * ratio * V::set(static_cast<T>(plan.mean_weight)) * (one - high) * (one - low), zero);
   }
 }
 
@@ -189,6 +202,7 @@ void chunk_loss(const PolicyArgs& a, const RowPlan& plan, const Inputs<T>& in, i
   const V unbounded = V::set(INFINITY);
   V loss = zero, low = zero, high = zero, dual = zero, ratio = zero, k1 = zero, k3 = zero, ref_kl = zero, entropy = zero,
     tokens = zero, mismatch = zero, correction = zero, corrected = zero;
+  double total = 0;
   V ratio_min = V::set(INFINITY), ratio_max = V::set(-INFINITY), mismatch_max = zero;
   for (int64_t i = 0; i < n; i += V::W) {
     const V m = V::load(in.mask + i);
@@ -216,7 +230,8 @@ void chunk_loss(const PolicyArgs& a, const RowPlan& plan, const Inputs<T>& in, i
       }
     }
     value = zero - w * value;
-    slope = zero - (kind == PolicyKind::gspo ? slope : w * slope);
+    // of a sequence's ratio, the slope has its weights in it already
+    slope = zero - (kind == PolicyKind::gspo || kind == PolicyKind::gmpo ? slope : w * slope);
     if (in.ref) {
       V kl, kl_grad;
       kl_clamped(static_cast<KlKind>(a.kl_kind), lp - select(counted, V::load(in.ref + i), zero), unbounded, unbounded, false, kl, kl_grad);
@@ -230,6 +245,10 @@ void chunk_loss(const PolicyArgs& a, const RowPlan& plan, const Inputs<T>& in, i
       value = value - entropy_coef * H;
     }
     loss = loss + m * value;
+    if ((i / V::W + 1) % 32 == 0) {  // short chains, whatever the width
+      total += sum(loss);
+      loss = zero;
+    }
     if (grad) select(counted, m * weight * slope, zero).store(grad + i);
     if (grad_entropy) (zero - m * weight * entropy_coef).store(grad_entropy + i);
     tokens = tokens + m;
@@ -239,7 +258,7 @@ void chunk_loss(const PolicyArgs& a, const RowPlan& plan, const Inputs<T>& in, i
     ratio_max = select(counted, max(r, ratio_max), ratio_max);
     correction = correction + m * w;
   }
-  sums.loss += sum(loss) * plan.weight;
+  sums.loss += (total + sum(loss)) * plan.weight;
   sums.low += sum(low), sums.high += sum(high), sums.dual += sum(dual), sums.ratio += sum(ratio), sums.k1 += sum(k1);
   sums.k3 += sum(k3), sums.ref_kl += sum(ref_kl), sums.entropy += sum(entropy), sums.mismatch += sum(mismatch);
   sums.correction += sum(correction);

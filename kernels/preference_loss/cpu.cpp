@@ -46,6 +46,7 @@ Loss pair_loss(const PreferenceArgs& a, double chosen, double rejected, double g
     }
     case PreferenceKind::orpo: {
       const double y = log_odds(chosen) - log_odds(rejected), slope = -a.beta * sigmoid(-y);
+      if (slope == 0) return {0, 0, 0};  // a certain answer: infinite odds
       return {-a.beta * log_sigmoid(y), slope * log_odds_slope(chosen), -slope * log_odds_slope(rejected)};
     }
     default: {  // kto: both halves of the pair on their own

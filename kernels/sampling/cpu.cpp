@@ -124,7 +124,7 @@ void sample_as(const SampleArgs& a) {
       static_cast<float*>(a.thresholds)[row] = threshold;
       if (a.kept_counts) a.kept_counts[row] = kept;
     };
-    if (!std::isfinite(top)) return finish(-1, NAN, top, 0);  // the caller raises
+    if (!std::isfinite(top) || any_nan(x, n)) return finish(-1, NAN, top, 0);  // the caller raises
     const double temperature = a.temperatures ? a.temperatures[row] : a.temperature;
     const double top_p = a.top_ps ? a.top_ps[row] : a.top_p, min_p = a.min_ps ? a.min_ps[row] : a.min_p;
     const int64_t top_k = a.top_ks ? a.top_ks[row] : a.top_k;

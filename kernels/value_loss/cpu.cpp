@@ -14,8 +14,7 @@ struct Sums {
   Moments residual, returns, values;
 };
 
-// 0.5 max((V - R)^2, (V_old + clamp(V - V_old) - R)^2); where the clipped error is the larger its gradient is 0 outside
-// the clamp and that of the plain one inside (there they are the same number).
+// 0.5 max((V - R)^2, (V_old + clamp(V - V_old) - R)^2); where the clipped error is the larger its gradient is 0.
 template <class T>
 void chunk_loss(const ValueArgs& a, double weight, int64_t b, int64_t t, int64_t n, T* grad, Chunk<T>& c, Sums& sums) {
   using V = typename VectorOf<T>::type;
@@ -30,11 +29,11 @@ void chunk_loss(const ValueArgs& a, double weight, int64_t b, int64_t t, int64_t
     const auto counted = m != zero;
     const V error = v - r, moved = o + max(zero - bound, min(bound, v - o)) - r;
     const V plain = error * error, held = moved * moved;
-    const auto use_held = held > plain;
-    const V inside = select(max(v - o, o - v) <= bound, one, zero);
+    const V excess = select(max(v - o, o - v) > bound, held - plain, zero);  // inside the clamp they are one number
+    const auto use_held = excess > zero;
     loss = loss + select(counted, m * select(use_held, held, plain), zero);
     clipped = clipped + select(counted, m * select(use_held, one, zero), zero);
-    if (grad) select(counted, m * w * select(use_held, moved * inside, error), zero).store(grad + i);
+    if (grad) select(counted, m * w * select(use_held, zero, error), zero).store(grad + i);
     (r - v).store(c.residual.data + i);
   }
   sums.loss += 0.5 * weight * sum(loss);

@@ -35,7 +35,9 @@ def value_loss(
     zero = torch.zeros((), dtype=dtype, device=values.device)
     v, old, r = (torch.where(counted, x.to(dtype), zero) for x in (values, old_values, returns))
     plain = (v - r) ** 2
-    held = plain if clip is None else (old + (v - old).clamp(-clip, clip) - r) ** 2
+    held = plain
+    if clip is not None:  # inside the clamp they are one number, but for rounding
+        held = torch.where((v - old).abs() > clip, (old + (v - old).clamp(-clip, clip) - r) ** 2, plain)
     out = reduce_loss(0.5 * torch.maximum(plain, held), weights, reduction, denominator, v.shape[-1])
     with torch.no_grad():
         spread = masked_var(r, weights, unbiased=False)

@@ -34,8 +34,8 @@ void check_labels(const LogprobsArgs& a, int64_t vocab_total) {
 void check_temperatures(const LogprobsArgs& a) {
   if (!a.temperatures) return;
   for (int64_t i = 0; i < a.rows; ++i)
-    if (!(a.temperatures[i] > 0) || std::isinf(a.temperatures[i]))
-      fail<std::invalid_argument>("temperature: every value must be finite and > 0, got ", a.temperatures[i],
+    if (!(a.temperatures[i] >= 1e-20 && a.temperatures[i] <= 1e20))
+      fail<std::invalid_argument>("temperature: every value must lie in [1e-20, 1e20], got ", a.temperatures[i],
                                   " at flat position ", i);
 }
 

@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -42,7 +43,11 @@ void run_workers(int workers, void (*body)(void*, int), void* context) {
   }
   std::vector<std::thread> others;
   others.reserve(workers - 1);
-  for (int w = 1; w < workers; ++w) others.emplace_back(body, context, w);
+  try {
+    for (int w = 1; w < workers; ++w) others.emplace_back(body, context, w);
+  } catch (const std::system_error&) {
+    // no more threads to be had: those there are share the tasks
+  }
   body(context, 0);
   for (auto& t : others) t.join();
 }

@@ -10,6 +10,7 @@ namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
 struct F32 {
   using T = float;
   static constexpr int W = 8;
+  static constexpr bool fuses = true;  // fma and fms round once
   struct Mask {
     __m256 m;
     friend Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.m, b.m)}; }

@@ -10,6 +10,7 @@ namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
 struct F32 {
   using T = float;
   static constexpr int W = 16;
+  static constexpr bool fuses = true;  // fma and fms round once
   struct Mask {
     __mmask16 m;
     friend Mask operator&(Mask a, Mask b) { return {static_cast<__mmask16>(a.m & b.m)}; }

@@ -17,6 +17,7 @@ struct Portable {
   using T = Elem;
   using I = typename IntOf<T>::type;
   static constexpr int W = Lanes;
+  static constexpr bool fuses = false;  // fma and fms round once
   typedef T Reg __attribute__((vector_size(sizeof(T) * Lanes)));
   typedef I Mask __attribute__((vector_size(sizeof(T) * Lanes)));
   Reg r;

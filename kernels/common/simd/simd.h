@@ -101,7 +101,9 @@ inline F32 expm1_minus_x(F32 x) {
 // log x for x in [1, 2], about 1 ulp of 1: 2 atanh(z), z = (x - 1) / (x + 1).
 inline F32 log_1_to_2(F32 x) {
   const F32 one = F32::set(1.f), z = (x - one) / (x + one), w = z * z;
-  F32 q = F32::set(1.f / 9);
+  F32 q = F32::set(1.f / 13);
+  q = fma(q, w, F32::set(1.f / 11));
+  q = fma(q, w, F32::set(1.f / 9));
   q = fma(q, w, F32::set(1.f / 7));
   q = fma(q, w, F32::set(1.f / 5));
   q = fma(q, w, F32::set(1.f / 3));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ def result_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for the extension to write: always on the CPU and of this dtype, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -90,6 +96,8 @@ def with_rows(t: Tensor) -> Tensor:
     """t itself, or a view of it, with at most three dimensions; a copy only where no such view exists."""
     if t.dim() <= 3:
         return t
+    if t.numel() == 0:
+        return t.reshape(t.numel() // t.shape[-1], t.shape[-1])
     try:
         return t.view(-1, t.shape[-2], t.shape[-1])
     except RuntimeError:
@@ -117,6 +125,16 @@ def row_shape(t: Tensor, cu_seqlens: Tensor | None = None) -> tuple[int, int, in
     if t.dim() == 2:
         return (t.shape[0], t.shape[1], 0, 0)
     return (1, t.shape[0], 0, 0)
+
+
+def disjoint_rows(t: Tensor) -> bool:
+    """Whether no two rows of (..., V) share memory."""
+    extent = t.shape[-1]
+    for stride, size in sorted((s, n) for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1):
+        if stride < extent:
+            return False
+        extent = stride * size
+    return True
 
 
 def flat(t: Tensor) -> Tensor:

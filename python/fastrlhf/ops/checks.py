@@ -54,6 +54,13 @@ def number(name: str, x: Any, *, low: float = -math.inf, high: float = math.inf,
         raise ValueError(f"{name}: expected a finite number in {bounds}, got {x}")
 
 
+def temperature(x: Any) -> None:
+    """Where the arithmetic of scaled differences holds."""
+    number("temperature", x, low=0, open_low=True)
+    if not 1e-20 <= x <= 1e20:
+        raise ValueError(f"temperature: expected in [1e-20, 1e20], got {x}")
+
+
 def positive_or_none(name: str, x: Any) -> None:
     if x is not None:
         number(name, x, low=0, open_low=True)
@@ -86,6 +93,15 @@ def token_matrix(name: str, t: Any, cu: Any = None) -> Tensor | None:
     if t.dim() not in (1, 2):
         raise ValueError(f"{name}: expected shape (B, T), or (total,) with cu_seqlens, got {shape_of(t)}")
     return None
+
+
+def pack(cu: Tensor | None, t: Tensor) -> None:
+    """What the kernels check of cu_seqlens, for the reference backend."""
+    if cu is None or torch.compiler.is_compiling():
+        return
+    ends = cu.tolist()
+    if ends[0] != 0 or any(b < a for a, b in zip(ends, ends[1:])) or ends[-1] != t.shape[0]:
+        raise ValueError(f"cu_seqlens: must begin with 0, not fall, and end with the {t.shape[0]} tokens, got {ends}")
 
 
 def row_count(t: Tensor, cu: Tensor | None) -> int:

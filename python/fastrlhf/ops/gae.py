@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.gae import reference
 from ..kernels.kl.reference import KINDS
 from . import checks
-from .backend import address, choose, extension, result_dtype, row_shape, row_values, threads, tokens
+from .backend import address, choose, empty, extension, result_dtype, row_shape, row_values, threads, tokens
 from .library import Op
 from .masked_stats import standardize, whiten as masked_whiten
 
@@ -65,10 +65,7 @@ def shape_rewards(
     code = checks.one_of("kl", kl, KINDS)
     if choose("shape_rewards", logprobs, backend) == "reference":
         with torch.no_grad():
-            return reference.shape_rewards(
-                scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef, kl=kl, score_clip=score_clip, kl_clip=kl_clip,
-                cu_seqlens=cu,
-            )  # fmt: skip
+            return _reference_shaping(scores, logprobs, ref_logprobs, mask, cu, kl_coef, kl, score_clip, kl_clip)
     rewards, kls, *_ = _rollout(
         logprobs.detach(), None, scores.detach(), ref_logprobs.detach(), None, mask, None, cu, None,
         [float(kl_coef), score_clip or math.inf, kl_clip or math.inf, 1.0, 1.0], [code, 0], False,
@@ -165,7 +162,7 @@ def discounted_returns(
     checks.number("gamma", gamma, low=0, high=1)
     if choose("discounted_returns", rewards, backend) == "reference":
         with torch.no_grad():
-            return reference.discounted_returns(rewards, mask, cu_seqlens=cu, gamma=gamma)
+            return _reference_gae(rewards, torch.zeros_like(rewards), mask, cu, gamma, 1.0, "carry", None)[0]
     out: Tensor = _rollout(
         rewards.detach(), rewards.detach(), None, None, None, mask, None, cu, None,
         [0.0, math.inf, math.inf, float(gamma), 1.0], [0, 0], False,
@@ -203,10 +200,7 @@ def experience(
     mode, lams, lam_value = _check_recursion(logprobs, cu, gamma, lam, mask_mode, bootstrap)
     if choose("experience", logprobs, backend) == "reference":
         with torch.no_grad():
-            rewards, kls = reference.shape_rewards(
-                scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef, kl=kl, score_clip=score_clip, kl_clip=kl_clip,
-                cu_seqlens=cu,
-            )  # fmt: skip
+            rewards, kls = _reference_shaping(scores, logprobs, ref_logprobs, mask, cu, kl_coef, kl, score_clip, kl_clip)
             a, returns = _reference_gae(rewards, values, mask, cu, gamma, lam, mask_mode, bootstrap)
             return Experience(rewards, kls, _whitened(a, mask, group, backend) if whiten else a, returns)
     rewards, kls, advantages, returns, moments = _rollout(
@@ -248,12 +242,28 @@ def _check_recursion(
     return mode, None, float(lam)
 
 
+def _reference_shaping(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, cu: Tensor | None, kl_coef: float, kl: str,
+    score_clip: float | None, kl_clip: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    checks.pack(cu, logprobs)
+    one_row = logprobs.dim() == 1 and cu is None
+    if one_row:
+        logprobs, ref_logprobs = logprobs.unsqueeze(0), ref_logprobs.unsqueeze(0)
+        mask = None if mask is None else mask.unsqueeze(0)
+    rewards, kls = reference.shape_rewards(
+        scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef, kl=kl, score_clip=score_clip, kl_clip=kl_clip, cu_seqlens=cu
+    )
+    return (rewards[0], kls[0]) if one_row else (rewards, kls)
+
+
 def _reference_gae(
     rewards: Tensor, values: Tensor, mask: Tensor | None, cu: Tensor | None, gamma: float, lam: float | Tensor,
     mask_mode: str, bootstrap: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if isinstance(lam, Tensor) and not bool(((lam >= 0) & (lam <= 1)).all()):
         raise ValueError(f"lam: expected values in [0, 1], got {lam.tolist()}")
+    checks.pack(cu, rewards)
     one_row = rewards.dim() == 1 and cu is None
     if one_row:
         rewards, values = rewards.unsqueeze(0), values.unsqueeze(0)
@@ -299,11 +309,11 @@ def _rollout_implementation(
     """`like`: the rewards where they are given, the logprobs where they are to be shaped."""
     dtype = result_dtype(like, ref_logprobs, values, rewards)
     shaping = rewards is None
-    shaped, kls = (torch.empty(like.shape, dtype=dtype), torch.empty(like.shape, dtype=dtype)) if shaping else (None, None)
+    shaped, kls = (empty(like.shape, dtype), empty(like.shape, dtype)) if shaping else (None, None)
     recursion = values is not None or not shaping
-    advantages = torch.empty(like.shape, dtype=dtype) if recursion else None
-    returns = torch.empty(like.shape, dtype=dtype) if values is not None else None
-    stats = torch.empty(3, dtype=torch.float64) if moments else None
+    advantages = empty(like.shape, dtype) if recursion else None
+    returns = empty(like.shape, dtype) if values is not None else None
+    stats = empty((3,), torch.float64) if moments else None
     kl_coef, score_clip, kl_clip, gamma, lam = numbers
     extension().rollout(
         row_shape(like, cu_seqlens), dtype == torch.float64, tokens(rewards), row_values(scores),

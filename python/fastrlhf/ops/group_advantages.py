@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.group_advantages import reference
 from . import checks
-from .backend import address, choose, extension, result_dtype
+from .backend import address, choose, empty, extension, result_dtype
 from .library import Op
 from .masked_stats import whiten
 
@@ -71,7 +71,7 @@ def _implementation(
 ) -> Tensor:
     s, ids = scores.double().contiguous(), group_ids.long().contiguous()
     w = None if lengths is None else lengths.double().contiguous()
-    out = torch.empty(s.shape, dtype=torch.float64)
+    out = empty(s.shape, torch.float64)
     extension().group_advantages(
         s.shape[0], s.data_ptr(), ids.data_ptr(), address(w), kind, eps, unbiased, out.data_ptr()
     )

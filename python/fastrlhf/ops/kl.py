@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.kl import reference
 from . import checks
-from .backend import address, choose, extension, flat, matrix, result_dtype, threads, tokens, with_rows
+from .backend import address, choose, empty, extension, flat, matrix, result_dtype, threads, tokens, with_rows
 from .library import Op
 
 
@@ -60,7 +60,7 @@ def kl(
 
 def _run_kl(logprobs: Tensor, ref: Tensor, options: tuple[Any, ...], grad: Tensor | None) -> Tensor:
     dtype = result_dtype(logprobs, ref)
-    out = torch.empty(logprobs.shape, dtype=dtype)
+    out = empty(logprobs.shape, dtype)
     x, y = flat(logprobs), flat(ref)
     extension().kl(
         (1, x.shape[0], 0, 0), dtype == torch.float64, tokens(x), tokens(y), *options, address(grad), out.data_ptr(), threads()
@@ -144,7 +144,7 @@ def kl_full(
         if t.stride(-1) != 1 and t.shape[-1] > 1:
             raise ValueError(f"{name}: expected last stride 1, got {t.stride(-1)}; call .contiguous()")
     code = checks.one_of("direction", direction, reference.DIRECTIONS)
-    checks.number("temperature", temperature, low=0, open_low=True)
+    checks.temperature(temperature)
     if mask is not None:
         checks.tensor("mask", mask, checks.MASKS)
         if mask.shape != logits.shape[:-1]:
@@ -162,8 +162,8 @@ def _kl_full_forward(
 ) -> tuple[Tensor, Tensor]:
     x, y, vocab = with_rows(logits), with_rows(ref_logits), logits.shape[-1]
     rows, dtype = logits.numel() // vocab, result_dtype(logits)
-    out = torch.empty(logits.shape[:-1], dtype=dtype)
-    stats = torch.empty((*logits.shape[:-1], 4), dtype=dtype)
+    out = empty(logits.shape[:-1], dtype)
+    stats = empty((*logits.shape[:-1], 4), dtype)
     extension().kl_full_forward(
         matrix(x), matrix(y), rows, vocab, direction, temperature, address(mask), out.data_ptr(), stats.data_ptr(), threads()
     )
@@ -175,8 +175,8 @@ def _kl_full_grad(
     temperature: float, wanted: bool, ref_wanted: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     x, y, vocab = with_rows(logits), with_rows(ref_logits), logits.shape[-1]
-    dx = torch.empty(x.shape, dtype=x.dtype) if wanted else None
-    dy = torch.empty(y.shape, dtype=y.dtype) if ref_wanted else None
+    dx = empty(x.shape, x.dtype) if wanted else None
+    dy = empty(y.shape, y.dtype) if ref_wanted else None
     grad = grad.contiguous()
     absent = (0, 0, 1, 0, 0)
     extension().kl_full_backward(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.logprobs import reference
 from . import checks
-from .backend import address, choose, extension, matrix, result_dtype, threads, with_rows
+from .backend import address, choose, empty, extension, disjoint_rows, matrix, result_dtype, threads, with_rows
 from .distributed import all_gather, size_and_rank
 from .library import Op, present
 
@@ -62,7 +62,7 @@ def logprobs(
         logits: (..., V), float32, bfloat16, float16 or float64, last stride 1; rows may lie anywhere, so that
             ``logits[:, :-1]`` is read in place.
         labels: (...), or (..., K) for K labels a row in the same read; int32 or int64.
-        temperature: > 0; a number, or (...) one for each row. No gradient flows to it.
+        temperature: in [1e-20, 1e20]; a number, or (...) one for each row. No gradient flows to it.
         softcap: > 0, or None.
         ignore_index: rows with this label give logprob 0, entropy 0, gradient 0, and are not read.
         entropy, lse: whether to return them too; both are differentiable.
@@ -105,7 +105,7 @@ def logprobs(
         checks.same_device("temperature", temperature, "logits", logits)
         temperatures, temperature = temperature.detach().double().reshape(-1).contiguous(), 1.0
     elif temperature != 1.0:
-        checks.number("temperature", temperature, low=0, open_low=True)
+        checks.temperature(temperature)
     checks.positive_or_none("softcap", softcap)
     parallel = None if vocab_parallel is None else _vocab_parallel(vocab_parallel, logits.shape[-1])
     if kept is not None:
@@ -119,6 +119,8 @@ def logprobs(
     elif kept is not None:
         indptr, indices = kept[0].long().contiguous(), kept[1].long().contiguous()
     start, total = (parallel.vocab_start, parallel.vocab_size) if parallel else (0, logits.shape[-1])
+    if inplace_backward and not disjoint_rows(logits):
+        raise ValueError(f"inplace_backward: rows of logits share memory (strides {logits.stride()})")
     shared = (
         logits, labels.contiguous(), temperatures, mask, indptr, indices, float(temperature), softcap or 0.0,
         ignore_index, start, total,
@@ -129,7 +131,7 @@ def logprobs(
         save = torch.is_grad_enabled() and logits.requires_grad
         out = _logprobs(*shared, entropy, lse, save, inplace_backward)
     if logits.numel() == 0:  # no rows: an absent result and an empty one look alike
-        empty = logits.new_empty(lead, dtype=result_dtype(logits))
+        empty = logits.sum(-1, dtype=result_dtype(logits))
         return Logprobs(out[0].reshape(labels.shape), empty if entropy else None, empty if lse else None)
     return Logprobs(out[0], out[1] if entropy else None, out[2] if lse else None)
 
@@ -176,11 +178,11 @@ def _forward(
     x, vocab = with_rows(logits), logits.shape[-1]
     rows = logits.numel() // vocab
     dtype = result_dtype(logits)
-    out = torch.empty(labels.shape, dtype=dtype)
+    out = empty(labels.shape, dtype)
     lead = logits.shape[:-1]
-    H = torch.empty(lead, dtype=dtype) if entropy else None
-    z = torch.empty(lead, dtype=dtype) if lse else None
-    m, log_sum = (torch.empty(lead, dtype=dtype), torch.empty(lead, dtype=dtype)) if save else (None, None)
+    H = empty(lead, dtype) if entropy else None
+    z = empty(lead, dtype) if lse else None
+    m, log_sum = (empty(lead, dtype), empty(lead, dtype)) if save else (None, None)
     extension().logprobs_forward(
         matrix(x), rows, vocab, _label_arguments(labels, rows, vocab_start, vocab_total, ignore_index),
         (temperature, address(temperatures), softcap), _kept_arguments(kept_mask, kept_indptr, kept_indices, vocab_total),
@@ -207,7 +209,7 @@ def _backward_implementation(
 ) -> Tensor:  # fmt: skip
     x, vocab = with_rows(logits), logits.shape[-1]
     rows = logits.numel() // vocab
-    grad = x if inplace else torch.empty(x.shape, dtype=x.dtype)
+    grad = x if inplace else empty(x.shape, x.dtype)
     grads = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy, grad_lse)]
     extension().logprobs_backward(
         matrix(x), rows, vocab, _label_arguments(labels, rows, vocab_start, vocab_total, ignore_index),
@@ -278,14 +280,14 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         rows = logits.numel() // vocab
         label_arguments = _label_arguments(labels, rows, start, total, ignore_index)
         scaling = (temperature, address(temperatures), softcap)
-        partials = torch.empty(rows, 3 + label_arguments[2], dtype=dtype)
+        partials = empty((rows, 3 + label_arguments[2]), dtype)
         extension().logprobs_forward(
             matrix(x), rows, vocab, label_arguments, scaling, _kept_arguments(kept_mask, kept_indptr, kept_indices, total),
             (0, 0, 0, 0, 0), partials.data_ptr(), threads(),
         )  # fmt: skip
         gathered = all_gather(partials, group)
-        out = torch.empty(labels.shape, dtype=dtype)
-        H, z, m, log_sum = (torch.empty(lead, dtype=dtype) for _ in range(4))
+        out = empty(labels.shape, dtype)
+        H, z, m, log_sum = (empty(lead, dtype) for _ in range(4))
         results = (out.data_ptr(), H.data_ptr(), z.data_ptr(), m.data_ptr(), log_sum.data_ptr())
         extension().logprobs_combine(
             matrix(x), rows, vocab, label_arguments, scaling, results, gathered.data_ptr(), gathered.shape[0]
@@ -316,10 +318,10 @@ def _reference(
             f"labels: {labels.reshape(-1)[i].item()} at flat position {i} is outside [0, {total}) and is not "
             f"ignore_index ({ignore_index})"
         )
-    if temperatures is not None and not torch.compiler.is_compiling() and not bool(((temperatures > 0) & temperatures.isfinite()).all()):
-        raise ValueError("temperature: every value must be finite and > 0")
+    if temperatures is not None and not torch.compiler.is_compiling() and not bool(((temperatures >= 1e-20) & (temperatures <= 1e20)).all()):
+        raise ValueError("temperature: every value must lie in [1e-20, 1e20]")
     x = logits.reshape(-1, vocab)
-    y = labels.reshape(x.shape[0], -1) if x.shape[0] else labels.reshape(0, 1)
+    y = labels.reshape(x.shape[0], labels.shape[-1] if labels.dim() == logits.dim() else 1)
     m, s, t, z, counted, scale = reference.statistics(
         x, y, temperature=temperature if temperatures is None else temperatures, softcap=softcap,
         ignore_index=ignore_index, kept=kept, start=parallel.vocab_start if parallel else 0,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.masked_stats import reference
 from . import checks
-from .backend import choose, extension, flat, result_dtype, row_shape, threads, tokens
+from .backend import choose, empty, extension, flat, result_dtype, row_shape, threads, tokens
 from .distributed import all_reduce_sum, merge_moments
 from .library import Op
 
@@ -54,7 +54,7 @@ def masked_mean(
     rows = moved.shape[:-1]
     if moved.dim() == 1:
         return masked_mean(x, mask, backend=backend)
-    wide = moved.reshape(-1, moved.shape[-1])
+    wide = moved.reshape(math.prod(rows), moved.shape[-1])
     means: Tensor = row_sums(wide, None if moved_mask is None else moved_mask.reshape(wide.shape), True)[0]
     return means.reshape(rows)
 
@@ -176,7 +176,7 @@ def standardize(x: Tensor, mask: Tensor | None, shift: float, scale: float, back
         kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
         return torch.where(kept, (x.to(dtype) - shift) * scale + back, torch.zeros((), dtype=dtype, device=x.device))
     if out is None:
-        out = torch.empty(x.shape, dtype=dtype)
+        out = empty(x.shape, dtype)
     extension().standardize(
         row_shape(x), dtype == torch.float64, tokens(x), tokens(mask), shift, scale, back, out.data_ptr(), threads()
     )
@@ -186,7 +186,7 @@ def standardize(x: Tensor, mask: Tensor | None, shift: float, scale: float, back
 def _row_sums_forward(x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     dtype = result_dtype(x)
     shape = row_shape(x, cu_seqlens)
-    sums, counts = torch.empty(shape[0], dtype=dtype), torch.empty(shape[0], dtype=dtype)
+    sums, counts = empty((shape[0],), dtype), empty((shape[0],), dtype)
     extension().row_sums(
         shape, dtype == torch.float64, tokens(x), tokens(mask), average, sums.data_ptr(), counts.data_ptr(), threads()
     )
@@ -235,7 +235,7 @@ def row_sums(x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor |
 def _var_forward(x: Tensor, mask: Tensor | None, unbiased: bool) -> Tensor:
     n, _, m2 = moments(x, mask)
     over = n - 1 if unbiased else n
-    return torch.tensor(m2 / over if over > 0 else 0.0, dtype=result_dtype(x))
+    return torch.tensor(m2 / over if over > 0 else 0.0, dtype=result_dtype(x), device="cpu")
 
 
 def _setup_var(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -270,7 +270,7 @@ _var = Op(
 def _whiten_forward(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float) -> tuple[Tensor, Tensor]:
     mean, scale = _shift_and_scale(moments(x, mask), unbiased, eps)
     out = standardize(x, mask, mean, scale, 0.0 if shift_mean else mean)
-    return out, torch.tensor([mean, scale], dtype=torch.float64)
+    return out, torch.tensor([mean, scale], dtype=torch.float64, device="cpu")
 
 
 def _fake_whiten(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -292,7 +292,7 @@ def _backward_whiten(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     g = torch.where(weights != 0, grad.to(d.dtype), torch.zeros_like(d))
     r = r.to(d.dtype)
     over = n - 1 if unbiased else n
-    safe_n, safe_over = n.clamp(min=1), torch.where(over > 0, over, torch.ones_like(over))
+    safe_n, safe_over = torch.where(n != 0, n, torch.ones_like(n)), torch.where(over > 0, over, torch.ones_like(over))
     along = torch.where(over > 0, (g * d).sum() / safe_over, torch.zeros_like(n)) * r * r
     out = r * (g - weights * (g.sum() / safe_n) - weights * d * along)
     if not shift_mean:

@@ -12,7 +12,7 @@ from ..kernels.kl.reference import KINDS as KL_KINDS
 from ..kernels.policy_loss import reference
 from ..kernels.policy_loss.reference import RolloutCorrection
 from . import checks
-from .backend import address, choose, extension, result_dtype, row_shape, row_values, threads, tokens
+from .backend import address, choose, empty, extension, result_dtype, row_shape, row_values, threads, tokens
 from .distributed import all_reduce_sum
 from .library import Op, present
 from .stats import LossStats
@@ -168,7 +168,7 @@ def policy_loss(
         logprobs, old_logprobs, advantages, mask, rollout_logprobs, ref_logprobs, entropy, cu, given, numbers, number, codes,
         grads and logprobs.requires_grad, grads and entropy is not None and entropy.requires_grad,
     )  # fmt: skip
-    return PolicyLoss(loss, LossStats(stats, reference.STATS))
+    return PolicyLoss(loss, LossStats(stats.detach(), reference.STATS))
 
 
 def global_denominator(
@@ -201,16 +201,29 @@ def global_denominator(
     return all_reduce_sum(local, group)
 
 
+def read_denominator(given: Tensor) -> float:
+    """A denominator's value; NaN stands for the local count in the kernels and cannot be given."""
+    value = float(given.item())
+    if not 0 <= value < math.inf:
+        raise ValueError(f"denominator: expected a finite number >= 0, got {value}")
+    return value
+
+
 def _reference(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None, cu: Tensor | None,
     rollout_logprobs: Tensor | None, ref_logprobs: Tensor | None, entropy: Tensor | None, **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    checks.pack(cu, logprobs)
+
     def row(t: Tensor | None) -> Tensor | None:
         return t.unsqueeze(0) if t is not None and t.dim() == 1 and cu is None and logprobs.dim() == 1 else t
 
+    def constant(t: Tensor | None) -> Tensor | None:
+        return None if t is None else row(t.detach())
+
     return reference.policy_loss(
-        row(logprobs), row(old_logprobs), row(advantages), row(mask), cu_seqlens=cu,
-        rollout_logprobs=row(rollout_logprobs), ref_logprobs=row(ref_logprobs), entropy=row(entropy), **options,
+        row(logprobs), constant(old_logprobs), constant(advantages), constant(mask), cu_seqlens=cu,
+        rollout_logprobs=constant(rollout_logprobs), ref_logprobs=constant(ref_logprobs), entropy=row(entropy), **options,
     )  # type: ignore[arg-type]  # fmt: skip
 
 
@@ -221,15 +234,15 @@ def _forward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     dtype = result_dtype(logprobs, old_logprobs, advantages)
     shape = row_shape(logprobs, cu_seqlens)
-    loss, stats = torch.empty((), dtype=dtype), torch.empty(len(reference.STATS))
-    d_logprobs = torch.empty(logprobs.shape, dtype=dtype) if grad else None
-    d_entropy = torch.empty(logprobs.shape, dtype=dtype) if grad_entropy else None
+    loss, stats = empty((), dtype), empty((len(reference.STATS),), torch.float32)
+    d_logprobs = empty(logprobs.shape, dtype) if grad else None
+    d_entropy = empty(logprobs.shape, dtype) if grad_entropy else None
     per_row = advantages.shape != logprobs.shape
     extension().policy_loss(
         shape, dtype == torch.float64,
         (tokens(logprobs), tokens(old_logprobs), row_values(advantages) if per_row else tokens(advantages), tokens(mask),
          tokens(rollout_logprobs), tokens(ref_logprobs), tokens(entropy)),
-        (*numbers, denominator if given is None else given.item()), codes, address(d_logprobs), address(d_entropy),
+        (*numbers, denominator if given is None else read_denominator(given)), tuple(codes), address(d_logprobs), address(d_entropy),
         loss.data_ptr(), stats.data_ptr(), threads(),
     )  # fmt: skip
     return loss, stats, d_logprobs, d_entropy

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.preference_loss import reference
 from . import checks
-from .backend import address, choose, extension, result_dtype
+from .backend import address, choose, empty, extension, result_dtype
 from .library import Op
 from .masked_stats import row_sums
 from .stats import LossStats
@@ -133,10 +133,11 @@ def preference_loss(
         checks.number("kl_baseline", kl_baseline, low=0)
 
     if choose("preference_loss", chosen, backend) == "reference":
+        constants = {name: None if t is None else t.detach() for name, t in optional.items()}
         losses = reference.preference_losses(
-            chosen, rejected, ref_chosen, ref_rejected, kind=kind, beta=beta, label_smoothing=label_smoothing,
-            chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, reward_scale=reward_scale, margin=margin,
-            kl_baseline=kl_baseline, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight,
+            chosen, rejected, kind=kind, beta=beta, label_smoothing=label_smoothing,
+            reward_scale=reward_scale, margin=margin, kl_baseline=kl_baseline, desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight, **constants,
         )  # fmt: skip
     else:
         numbers = [float(x) for x in (beta, label_smoothing, reward_scale, margin)]
@@ -181,7 +182,7 @@ def _forward(
         None if t is None else t.detach().double().contiguous()
         for t in (chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards)
     ]
-    losses, d_chosen, d_rejected = (torch.empty(chosen.shape, dtype=torch.float64) for _ in range(3))
+    losses, d_chosen, d_rejected = (empty(chosen.shape, torch.float64) for _ in range(3))
     z = kto[0] if baseline is None else baseline.item()
     extension().preference_loss(
         chosen.shape[0], kind, tuple(address(t) for t in given), (*numbers, z, *kto[1:]),
@@ -254,12 +255,14 @@ def reward_loss(
     if margin is not None:
         checks.rows("margin", margin, chosen.shape[0], "pair", chosen)
     if choose("reward_loss", chosen, backend) == "reference":
-        losses = reference.reward_losses(chosen, rejected, margin, kind=kind)
+        losses = reference.reward_losses(chosen, rejected, None if margin is None else margin.detach(), kind=kind)
     else:  # dpo's with beta 1 and no reference; the margin moves the rejected score
-        moved = rejected if margin is None or kind != "margin_bt" else rejected + margin.detach()
+        dtype = result_dtype(chosen, rejected)
+        scale = None if margin is None else margin.detach().to(dtype)
+        moved = rejected.to(dtype) + scale if scale is not None and kind == "margin_bt" else rejected
         losses = _preference_losses(chosen, moved, None, None, None, None, None, 0, [1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0])[0]
-        if margin is not None and kind == "scaled_bt":
-            losses = losses * margin.detach()
+        if scale is not None and kind == "scaled_bt":
+            losses = losses * scale
     loss = losses.sum() / pairs_divisor(denominator, chosen.shape[0])
     with torch.no_grad():
         c, r, n = chosen.detach().to(losses.dtype), rejected.detach().to(losses.dtype), max(chosen.shape[0], 1)
@@ -331,6 +334,7 @@ def sequence_logprobs(
     if mask is not None:
         checks.like("mask", mask, "logprobs", logprobs, checks.MASKS)
     if choose("sequence_logprobs", logprobs, backend) == "reference":
+        checks.pack(cu, logprobs)
         row = logprobs.dim() == 1 and cu is None
         return reference.sequence_logprobs(
             logprobs.unsqueeze(0) if row else logprobs, mask.unsqueeze(0) if row and mask is not None else mask,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.sampling import reference
 from . import checks
-from .backend import address, choose, extension, matrix, threads, with_rows
+from .backend import address, choose, empty, extension, matrix, threads, with_rows
 from .library import Op
 
 
@@ -74,6 +74,8 @@ def sample(
             rows.append(_per_row(name, value, logits, low, high, open_low))
             scalars.append(0.0)
         else:
+            if name == "temperature" and value != 0:
+                checks.temperature(value)
             checks.number(name, value, low=low, high=high, open_low=open_low)
             if name == "top_k" and not isinstance(value, int):
                 raise TypeError(f"top_k: expected an integer, got {type(value).__name__}")
@@ -84,9 +86,10 @@ def sample(
         checks.tensor("seed", seed, (torch.int64,))
         if seed.shape != logits.shape[:-1]:
             raise ValueError(f"seed: expected shape {tuple(logits.shape[:-1])}, one for each row, got {checks.shape_of(seed)}")
+        checks.same_device("seed", seed, "logits", logits)
         seeds, seed = seed.reshape(-1).contiguous(), 0
     elif seed is None:
-        seed = int(torch.randint(2**62, (), generator=generator, dtype=torch.int64))
+        seed = int(torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu" if generator is None else generator.device))
     elif not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed: expected an integer or an int64 tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
@@ -119,10 +122,10 @@ def _forward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     x, vocab = with_rows(logits), logits.shape[-1]
     rows, lead = logits.numel() // vocab, logits.shape[:-1]
-    tokens = torch.empty(lead, dtype=torch.int64)
-    lp = torch.empty(lead) if logprobs else None
-    thresholds = torch.empty(rows)
-    counts = torch.empty(rows, dtype=torch.int64) if kept else None
+    tokens = empty(lead, torch.int64)
+    lp = empty(lead, torch.float32) if logprobs else None
+    thresholds = empty((rows,), torch.float32)
+    counts = empty((rows,), torch.int64) if kept else None
     temperature, top_k, top_p, min_p = scalars
     extension().sample(
         matrix(x), rows, vocab, (temperature, int(top_k), top_p, min_p, seed),
@@ -154,7 +157,7 @@ _sample = Op(
 
 def _kept_implementation(logits: Tensor, thresholds: Tensor, indptr: Tensor) -> Tensor:
     x, vocab = with_rows(logits), logits.shape[-1]
-    indices = torch.empty(int(indptr[-1]), dtype=torch.int64)
+    indices = empty((int(indptr[-1]),), torch.int64)
     extension().kept_indices(
         matrix(x), logits.numel() // vocab, vocab, thresholds.data_ptr(), indptr.data_ptr(), indices.data_ptr(), threads()
     )
@@ -176,7 +179,7 @@ def _reference(
     x, lead = logits.detach().reshape(-1, logits.shape[-1]), logits.shape[:-1]
     tokens, lps, sets = [], [], []
     for i in range(x.shape[0]):
-        if not bool(x[i].max().isfinite()) or bool(x[i].isnan().all()):
+        if not bool(x[i].max().isfinite()) or bool(x[i].isnan().any()):
             raise ValueError(f"logits: row {i} has no largest finite logit to sample from")
         temperature, top_k, top_p, min_p = (
             s if t is None else float(t[i]) for s, t in zip(scalars, per_row, strict=True)
@@ -190,11 +193,11 @@ def _reference(
         sets.append(keep.nonzero().squeeze(-1))
     cut = None
     if kept:
-        counts = torch.tensor([0, *(len(s) for s in sets)])
-        cut = (counts.cumsum(0), torch.cat(sets) if sets else torch.empty(0, dtype=torch.int64))
+        counts = torch.tensor([0, *(len(s) for s in sets)], device=x.device)
+        cut = (counts.cumsum(0), torch.cat(sets) if sets else counts[:0])
     return Sample(
-        torch.tensor(tokens, dtype=torch.int64).reshape(lead),
-        torch.tensor(lps, dtype=torch.float32).reshape(lead) if logprobs else None,
+        torch.tensor(tokens, dtype=torch.int64, device=x.device).reshape(lead),
+        torch.tensor(lps, dtype=torch.float32, device=x.device).reshape(lead) if logprobs else None,
         cut,
     )
 

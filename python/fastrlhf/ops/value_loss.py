@@ -11,9 +11,9 @@ from torch import Tensor
 from ..kernels.policy_loss.reference import REDUCTIONS
 from ..kernels.value_loss import reference
 from . import checks
-from .backend import address, choose, extension, result_dtype, row_shape, threads, tokens
+from .backend import address, choose, empty, extension, result_dtype, row_shape, threads, tokens
 from .library import Op, present
-from .policy_loss import global_denominator
+from .policy_loss import global_denominator, read_denominator
 from .stats import LossStats
 
 
@@ -69,12 +69,14 @@ def value_loss(
     code = checks.one_of("reduction", reduction, REDUCTIONS)
     denominator = global_denominator(denominator, values, mask, cu, reduction, group)
     if choose("value_loss", values, backend) == "reference":
+        checks.pack(cu, values)
 
         def row(t: Tensor | None) -> Any:
             return t.unsqueeze(0) if t is not None and t.dim() == 1 and cu is None else t
 
+        old, target = None if old_values is None else old_values.detach(), returns.detach()
         loss, stats = reference.value_loss(
-            row(values), row(old_values), row(returns), row(mask), clip=clip, reduction=reduction, denominator=denominator,
+            row(values), row(old), row(target), row(mask), clip=clip, reduction=reduction, denominator=denominator,
             cu_seqlens=cu,
         )  # fmt: skip
         return ValueLoss(loss, LossStats(stats, reference.STATS))
@@ -84,7 +86,7 @@ def value_loss(
         values, old_values, returns, mask, cu, given, clip or math.inf, code, number,
         torch.is_grad_enabled() and values.requires_grad,
     )  # fmt: skip
-    return ValueLoss(loss, LossStats(stats, reference.STATS))
+    return ValueLoss(loss, LossStats(stats.detach(), reference.STATS))
 
 
 def _forward(
@@ -92,11 +94,11 @@ def _forward(
     given: Tensor | None, clip: float, reduction: int, denominator: float, grad: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     dtype = result_dtype(values, returns)
-    loss, stats = torch.empty((), dtype=dtype), torch.empty(len(reference.STATS))
-    d_values = torch.empty(values.shape, dtype=dtype) if grad else None
+    loss, stats = empty((), dtype), empty((len(reference.STATS),), torch.float32)
+    d_values = empty(values.shape, dtype) if grad else None
     extension().value_loss(
         row_shape(values, cu_seqlens), dtype == torch.float64, tokens(values), tokens(old_values), tokens(returns),
-        tokens(mask), clip, reduction, denominator if given is None else given.item(), address(d_values), loss.data_ptr(),
+        tokens(mask), clip, reduction, denominator if given is None else read_denominator(given), address(d_values), loss.data_ptr(),
         stats.data_ptr(), threads(),
     )  # fmt: skip
     return loss, stats, d_values
