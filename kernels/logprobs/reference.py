@@ -33,9 +33,11 @@ def statistics(
     ignore_index: int,
     kept: Tensor | tuple[Tensor, Tensor] | None,
     start: int = 0,
+    partial: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of (N, V) logits and (N, K) labels: the maximum m, s = Σ e^((x-m)/T), t = Σ ((x-m)/T) e^((x-m)/T), the label
-    logits x_y (-inf where the columns from `start` on do not hold the label), which labels count, and 1 / T."""
+    logits x_y (-inf where the columns from `start` on do not hold the label), which labels count, and 1 / T. `partial`: these
+    are some of the columns, and only -inf among them is a sum of 0, not NaN."""
     x = logits.to(compute_dtype(logits))
     counted = labels != ignore_index  # (N, K)
     x = torch.where(counted.any(-1, keepdim=True), x, torch.zeros_like(x))
@@ -51,7 +53,7 @@ def statistics(
         x = torch.where(keep, x, torch.full_like(x, -torch.inf))
     scale = 1 / temperature.to(x.dtype).reshape(-1, 1) if isinstance(temperature, Tensor) else 1 / temperature
     m = x.detach().amax(-1, keepdim=True)
-    u = (x - m) * scale
+    u = (x - (torch.where(m == -torch.inf, torch.zeros_like(m), m) if partial else m)) * scale
     e = torch.exp(u)
     t = (torch.where(e == 0, torch.zeros_like(u), u) * e).sum(-1, keepdim=True)
     return m, e.sum(-1, keepdim=True), t, z, counted, torch.as_tensor(scale, dtype=x.dtype)

@@ -49,7 +49,7 @@ def number(name: str, x: Any, *, low: float = -math.inf, high: float = math.inf,
     """A finite number in [low, high], or (low, high]."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
-    if not math.isfinite(x) or x < low or x > high or (open_low and x == low):
+    if not low <= x <= high or x in (math.inf, -math.inf) or (open_low and x == low):
         bounds = f"{'(' if open_low or low == -math.inf else '['}{low}, {high}{')' if high == math.inf else ']'}"
         raise ValueError(f"{name}: expected a finite number in {bounds}, got {x}")
 

@@ -324,7 +324,7 @@ def _reference(
     y = labels.reshape(x.shape[0], labels.shape[-1] if labels.dim() == logits.dim() else 1)
     m, s, t, z, counted, scale = reference.statistics(
         x, y, temperature=temperature if temperatures is None else temperatures, softcap=softcap,
-        ignore_index=ignore_index, kept=kept, start=parallel.vocab_start if parallel else 0,
+        ignore_index=ignore_index, kept=kept, start=parallel.vocab_start if parallel else 0, partial=parallel is not None,
     )  # fmt: skip
     if parallel:
         # the other ranks' share enters as a constant: the gradient of this rank's columns is exact
@@ -339,7 +339,7 @@ def _reference(
 
         all_s, all_t = _sum_parts(parts, to_common)
         own_s, own_t = to_common(m, s, t)
-        s, t = own_s + (all_s - own_s).detach(), own_t + (all_t - own_t).detach()
+        s, t = all_s + (own_s - own_s.detach()), all_t + (own_t - own_t.detach())  # the same bits on every rank
         Z = parts[:, :, 3:].amax(0)
         z = torch.where(z > -torch.inf, z, Z)
         m = M

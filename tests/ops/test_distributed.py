@@ -1,0 +1,124 @@
+"""Across ranks, on gloo: vocab-parallel log-probs, group statistics and denominators against the undivided computation."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import fastrlhf
+from fastrlhf import VocabParallel
+from fastrlhf.kernels.logprobs import reference
+
+ROWS, VOCAB = 13, 2400
+
+
+def _worker(rank: int, world: int, port: int, name: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    try:
+        globals()[name](rank, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(name: str, world: int) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_worker, (world, port, name), nprocs=world, join=True)
+
+
+def same_on_all_ranks(t: torch.Tensor) -> None:
+    parts = [torch.empty_like(t) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, t.contiguous())
+    assert all(torch.equal(p.nan_to_num(7, 8, 9), parts[0].nan_to_num(7, 8, 9)) for p in parts)
+
+
+def vocab_parallel(rank: int, world: int) -> None:
+    shard = VOCAB // world
+    mine = slice(rank * shard, (rank + 1) * shard)
+    for kind in ("normal", "far", "masked"):
+        logits = torch.randn(ROWS, VOCAB) * 2
+        if kind == "far":
+            logits += torch.arange(world).repeat_interleave(shard) * 300.0  # all the mass on one rank
+        if kind == "masked":
+            logits[:, : VOCAB // 2] = -torch.inf
+            logits[3] = -torch.inf
+        labels = torch.randint(0, VOCAB, (ROWS,))
+        labels[4] = -100
+        keep = torch.rand(ROWS, VOCAB) < 0.3
+        csr = (torch.cat([torch.zeros(1, dtype=torch.long), keep.sum(-1).cumsum(0)]), keep.nonzero()[:, 1])
+        for backend in ("cpu", "reference"):
+            for options, kept in (({}, None), ({"temperature": 0.6, "softcap": 9.0}, None), ({}, "mask"), ({}, "csr")):
+                oracle = reference.logprobs(logits.double(), labels, kept=None if kept is None else keep, **options)
+                x = logits[:, mine].clone().requires_grad_()
+                local = {"mask": keep[:, mine].contiguous(), "csr": csr, None: None}[kept]
+                group = dist.group.WORLD if kept != "csr" else VocabParallel(dist.group.WORLD, mine.start, mine.stop, VOCAB)
+                ours = fastrlhf.logprobs(
+                    x, labels, entropy=True, lse=True, vocab_parallel=group, kept=local, backend=backend, **options
+                )
+                for a, b in zip(ours, oracle, strict=True):
+                    torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=4e-6, equal_nan=True)
+                    same_on_all_ranks(a.detach())
+                if kind == "masked":
+                    continue
+                whole = logits.double().requires_grad_()
+                out = reference.logprobs(whole, labels, kept=None if kept is None else keep, **options)
+                upstream = [torch.randn(ROWS, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+                torch.autograd.backward(out, [u.double() for u in upstream])
+                torch.autograd.backward(ours, upstream)
+                torch.testing.assert_close(x.grad.double(), whole.grad[:, mine], rtol=1e-4, atol=2e-6)
+
+
+def statistics(rank: int, world: int) -> None:
+    everything, counted = torch.randn(world * 5, 70) + 1e3, torch.rand(world * 5, 70) < 0.4
+    x, mask = everything[rank * 5 : rank * 5 + 5], counted[rank * 5 : rank * 5 + 5]
+    if rank == 0:
+        assert counted[:5].any()
+    group = dist.group.WORLD
+    exact = everything.double()[counted]
+    torch.testing.assert_close(fastrlhf.masked_mean(x, mask, group=group).double(), exact.mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(fastrlhf.masked_var(x, mask, group=group).double(), exact.var(), rtol=1e-5, atol=0)
+    white = fastrlhf.whiten(x, mask, group=group)
+    expected = ((x.double() - exact.mean()) / exact.std())[mask]
+    torch.testing.assert_close(white[mask].double(), expected, rtol=1e-4, atol=2e-4)
+    rewards, values = torch.randn(5, 70), torch.randn(5, 70)
+    local = fastrlhf.gae(rewards, values, mask)[0]
+    all_a = [torch.empty_like(local) for _ in range(world)]
+    dist.all_gather(all_a, local)
+    whole = fastrlhf.whiten(torch.cat(all_a), counted)
+    mine = fastrlhf.gae(rewards, values, mask, whiten=True, group=group)[0]
+    torch.testing.assert_close(mine, whole[rank * 5 : rank * 5 + 5], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="group"):
+        fastrlhf.whiten(x.clone().requires_grad_(), mask, group=group)
+
+
+def losses(rank: int, world: int) -> None:
+    """Ranks' losses and gradients add up to the full batch's."""
+    n = world * 4
+    lp, old, A, mask = torch.randn(n, 30), torch.randn(n, 30), torch.randn(n, 30), torch.rand(n, 30) < 0.6
+    mask[1] = False
+    mine = slice(rank * 4, rank * 4 + 4)
+    for reduction in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"):
+        for backend in ("cpu", "reference"):
+            full = fastrlhf.policy_loss(lp, old, A, mask, reduction=reduction, ratio_clamp=1.0).loss
+            part = fastrlhf.policy_loss(
+                lp[mine], old[mine], A[mine], mask[mine], reduction=reduction, ratio_clamp=1.0, group=dist.group.WORLD, backend=backend
+            ).loss
+            dist.all_reduce(part)
+            torch.testing.assert_close(part, full, rtol=1e-5, atol=1e-6)
+            value = fastrlhf.value_loss(lp[mine], old[mine], A[mine], mask[mine], reduction=reduction, group=dist.group.WORLD).loss
+            dist.all_reduce(value)
+            torch.testing.assert_close(value, fastrlhf.value_loss(lp, old, A, mask, reduction=reduction).loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", ["vocab_parallel", "statistics", "losses"])
+def test_across_ranks(name, world):
+    spawn(name, world)
