@@ -1,0 +1,133 @@
+"""Timing on a shared, noisy machine: every variant of a case is called in turn, again and again, in one process, so that
+what slows one slows all; figures are ratios within the case."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OURS = "fastrlhf"
+
+
+@dataclass
+class Variant:
+    """`run` is what is timed. `value` gives what is compared with the case's oracle, of the same inputs."""
+
+    run: Callable[[], Any]
+    value: Callable[[], Tensor] | None = None
+
+
+@dataclass
+class Case:
+    op: str
+    name: str
+    variants: dict[str, Variant]
+    floor_bytes: float = 0  # what must cross the memory bus at the least; 0: does not apply
+    oracle: Callable[[], Tensor] | None = None
+    writes: bool = False  # the floor is at copy speed, not at read speed
+    after: Callable[[], None] = field(default=lambda: None)  # frees the inputs
+
+
+def measure(case: Case, seconds: float, ceilings: dict[str, float], peak: bool = True) -> list[dict[str, Any]]:
+    """One row a variant: median and p20/p80 in seconds, GB/s, share of the floor, ratio to ours, peak, error."""
+    broken = {}
+    for name, variant in case.variants.items():
+        try:
+            variant.run()  # compiles, warms
+        except Exception as error:
+            broken[name] = f"{type(error).__name__}: {error}"[:200]
+    running = {n: v for n, v in case.variants.items() if n not in broken}
+    times: dict[str, list[float]] = {n: [] for n in running}
+    deadline = time.perf_counter() + seconds * len(running)
+    while time.perf_counter() < deadline or min(map(len, times.values())) < 3:
+        for name, variant in running.items():
+            if times[name] and sum(times[name]) > 3 * seconds and len(times[name]) >= 3:
+                continue  # far slower than the rest: three samples will do
+            calls = _repeats(times[name])
+            start = time.perf_counter()
+            for _ in range(calls):
+                variant.run()
+            times[name].append((time.perf_counter() - start) / calls)
+    exact = case.oracle() if case.oracle else None
+    ours = statistics.median(times[OURS]) if OURS in times else float("nan")
+    ceiling = ceilings["copy" if case.writes else "read"]
+    rows = []
+    for name, variant in case.variants.items():
+        row: dict[str, Any] = {"op": case.op, "case": case.name, "variant": name}
+        if name in broken:
+            rows.append(row | {"skipped": broken[name]})
+            continue
+        quantiles = sorted(times[name])
+        median = statistics.median(quantiles)
+        row |= {
+            "median_s": median,
+            "p20_s": quantiles[int(0.2 * (len(quantiles) - 1))],
+            "p80_s": quantiles[int(0.8 * (len(quantiles) - 1))],
+            "samples": len(quantiles),
+            "slower_than_ours": median / ours,
+        }
+        if case.floor_bytes:
+            row["GB_per_s"] = case.floor_bytes / median / 1e9
+            row["of_floor"] = case.floor_bytes / ceiling / median
+        if peak:
+            row["peak_extra_bytes"] = peak_extra_bytes(variant.run)
+        if exact is not None and variant.value is not None:
+            value = variant.value().detach().double()
+            row["max_error"] = float((value - exact).abs().max())
+        rows.append(row)
+    case.after()
+    gc.collect()
+    return rows
+
+
+def _repeats(times: list[float]) -> int:
+    """Calls in one sample: enough to see above the clock."""
+    return 1 if not times or times[-1] > 1e-3 else min(200, int(2e-3 / max(times[-1], 1e-7)) + 1)
+
+
+def peak_extra_bytes(run: Callable[[], Any]) -> int | None:
+    """How far the process's resident memory rises above where it was, from the kernel's own high-water mark."""
+    gc.collect()
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    result = run()
+    peak = _status("VmHWM")
+    del result
+    return max(0, peak - before) * 1024
+
+
+def _status(field_: str) -> int:
+    with open("/proc/self/status") as f:
+        for line in f:
+            if line.startswith(field_):
+                return int(line.split()[1])
+    return 0
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    import logging
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        yield
+        logging.disable(logging.NOTSET)

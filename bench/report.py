@@ -1,0 +1,98 @@
+"""A table to read, JSON to keep, a plot to show."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastrlhf
+from fastrlhf import _cpu
+
+from . import peers
+from .harness import OURS
+
+COLUMNS = ("variant", "median", "p20", "p80", "GB/s", "of floor", "x ours", "peak extra", "max error")
+
+
+def machine() -> dict[str, Any]:
+    def processor() -> str:
+        with open("/proc/cpuinfo") as f:
+            return next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
+
+    def revision() -> str:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        out = subprocess.run(command, capture_output=True, text=True)
+        return out.stdout.strip() or "unknown"
+
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "isa": _cpu.isa(),
+        "python": sys.version.split()[0], "fastrlhf": fastrlhf.__version__, "revision": revision(), **peers.versions(),
+    }  # fmt: skip
+
+
+def seconds(t: float) -> str:
+    return f"{t * 1e6:.1f} us" if t < 1e-3 else f"{t * 1e3:.2f} ms" if t < 1 else f"{t:.2f} s"
+
+
+def size(n: int | None) -> str:
+    return "-" if n is None else f"{n / 2**20:.1f} MiB"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    if "skipped" in row:
+        return [row["variant"], "skipped: " + row["skipped"]]
+    return [
+        row["variant"], seconds(row["median_s"]), seconds(row["p20_s"]), seconds(row["p80_s"]),
+        f"{row['GB_per_s']:.1f}" if "GB_per_s" in row else "-", f"{row['of_floor']:.0%}" if "of_floor" in row else "-",
+        f"{row['slower_than_ours']:.2f}", size(row.get("peak_extra_bytes")),
+        f"{row['max_error']:.1e}" if "max_error" in row else "-",
+    ]  # fmt: skip
+
+
+def print_case(rows: list[dict[str, Any]]) -> None:
+    print(f"\n{rows[0]['op']}: {rows[0]['case']}")
+    table = [list(COLUMNS), *(cells(r) for r in rows)]
+    widths = [max(len(line[i]) for line in table if i < len(line) and len(line) > 2) for i in range(len(COLUMNS))]
+    for line in table:
+        print("  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=False))), flush=True)
+
+
+def save(path: Path, ceilings: dict[str, float], rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "ceilings": ceilings, "rows": rows}, indent=1) + "\n")
+    print(f"\nwrote {path}")
+
+
+def plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    """How many times slower than ours each variant is, by case."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    wanted = [r for r in rows if "median_s" in r and r["op"] != "call" and r["variant"] != OURS]
+    if not wanted:
+        return
+    labels = [f"{r['op']} {r['case']}\n{r['variant']}" for r in wanted]
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(wanted) + 1))
+    axes.barh(range(len(wanted)), [r["slower_than_ours"] for r in wanted], color="#3b6ea5")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(wanted)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("time over fastrlhf's (log scale)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f"wrote {path}")
