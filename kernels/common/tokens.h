@@ -140,4 +140,18 @@ inline Moments chunk_moments(const T* x, const T* mask, int64_t n) {
   return out;
 }
 
+// (x - shift) scale + back where the mask is not 0, 0 elsewhere. x need not be padded when it is the output.
+template <class T>
+inline void standardize_chunk(const T* x, const T* mask, T* to, int64_t n, double shift, double scale, double back, Buffer<T>& buffer) {
+  using V = typename VectorOf<T>::type;
+  const V zero = V::set(0), s = V::set(static_cast<T>(shift)), r = V::set(static_cast<T>(scale)), b = V::set(static_cast<T>(back));
+  int64_t i = 0;
+  for (; i + V::W <= n; i += V::W) select(V::load(mask + i) != zero, fma(V::load(x + i) - s, r, b), zero).store(to + i);
+  if (i == n) return;
+  for (int64_t j = i; j < n; ++j) buffer.data[j] = x[j];
+  for (int64_t j = n; j < i + V::W; ++j) buffer.data[j] = T(0);
+  select(V::load(mask + i) != zero, fma(V::load(buffer.data + i) - s, r, b), zero).store(buffer.data + i);
+  for (; i < n; ++i) to[i] = buffer.data[i];
+}
+
 }}}  // namespace

@@ -104,8 +104,8 @@ template <class T>
 void rollout_as(const RolloutArgs& a) {
   const Rows& rows = a.rows;
   const int workers = worthwhile(a.threads, rows.total());
-  Scratch<Chunk<T>> chunks(workers);
-  Scratch<Moments> moments(a.moments ? rows.count : 0);
+  Scratch<Chunk<T>> chunks(workers, Uninitialized{});
+  Scratch<Moments> moments(a.whiten ? rows.count : 0);
   Buffer<T> nothing{};
   parallel_for(rows.count, workers, [&](int64_t b, int worker) {
     Chunk<T>& c = chunks[worker];
@@ -127,7 +127,7 @@ void rollout_as(const RolloutArgs& a) {
       T* out = static_cast<T*>(a.advantages) + at;
       advantages(a, n, rewards, values, mask, a.gamma, lam, next_value, carried, out,
                  a.returns ? static_cast<T*>(a.returns) + at : nullptr, c);
-      if (a.moments) {
+      if (a.whiten) {
         const int64_t W = VectorOf<T>::type::W;
         const T* x = n % W ? c.advantages.data : out;  // padded copy: outputs end at n
         T* weights = c.counted.data;
@@ -136,11 +136,18 @@ void rollout_as(const RolloutArgs& a) {
       }
     }
   });
-  if (a.moments) {
-    Moments all;
-    for (int64_t b = 0; b < rows.count; ++b) all.merge(moments[b]);
-    a.moments[0] = all.n, a.moments[1] = all.mean, a.moments[2] = all.m2;
-  }
+  if (!a.whiten) return;
+  Moments all;
+  for (int64_t b = 0; b < rows.count; ++b) all.merge(moments[b]);
+  const double variance = all.n > 1 ? all.m2 / (all.n - 1) : 0;
+  parallel_for(rows.count, workers, [&](int64_t b, int worker) {
+    for (int64_t t = 0, size = rows.size(b); t < size; t += chunk_size) {
+      const int64_t n = size - t < chunk_size ? size - t : chunk_size;
+      T* x = static_cast<T*>(a.advantages) + rows.start(b) + t;
+      const T* mask = fetch_mask<T>(a.mask, rows, b, t, n, chunks[worker].mask);
+      standardize_chunk(x, mask, x, n, all.mean, 1 / std::sqrt(variance + 1e-8), 0.0, chunks[worker].advantages);
+    }
+  });
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ struct RolloutArgs {
   const double* lams = nullptr;     // (B), instead of lam
   MaskMode mask_mode = MaskMode::carry;
   void *shaped = nullptr, *kl = nullptr, *advantages = nullptr, *returns = nullptr;
-  double* moments = nullptr;        // n, mean, m2 of the advantages where the mask is 1
+  bool whiten = false;              // the advantages, over mask != 0, with unbiased variance + 1e-8; zeros elsewhere
   int threads = 1;
 };
 

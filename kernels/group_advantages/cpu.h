@@ -8,13 +8,12 @@ enum class GroupKind : int { grpo = 0, dr_grpo = 1, rloo = 2, reinforce_pp = 3, 
 
 struct GroupArgs {
   int64_t count = 0;
-  const double* scores = nullptr;     // (B)
-  const int64_t* group_ids = nullptr; // (B), any values in any order
-  const double* lengths = nullptr;    // (B), opo
+  bool f64 = false;                   // write double instead of float
+  Array scores, group_ids, lengths;   // (B); ids: any values in any order; lengths: opo
   GroupKind kind = GroupKind::grpo;
   double eps = 1e-6;
   bool unbiased = true;
-  double* advantages = nullptr;       // (B)
+  void* advantages = nullptr;         // (B)
 };
 
 void group_advantages(const GroupArgs& a);

@@ -15,7 +15,7 @@ void kl_as(const KlArgs& a) {
   const Units units(a.rows);
   struct Chunk { Buffer<T> logprobs, ref, grad, out; };
   const int workers = worthwhile(a.threads, a.rows.total());
-  Scratch<Chunk> chunks(workers);
+  Scratch<Chunk> chunks(workers, Uninitialized{});
   const Array grad{a.grad, a.f64 ? DType::f64 : DType::f32, a.rows.length, 1, false};
   const V input_bound = V::set(static_cast<T>(a.clamp_input)), output_bound = V::set(static_cast<T>(a.clamp_output));
   const auto kind = static_cast<KlKind>(a.kind);
@@ -80,7 +80,7 @@ void kl_full_forward_as(const KlFullArgs& a) {
   using T = typename ComputeOf<S>::type;
   using V = typename VectorOf<T>::type;
   const int workers = worthwhile(a.threads, a.rows * a.vocab);
-  Scratch<Pair<T>> pairs(workers);
+  Scratch<Pair<T>> pairs(workers, Uninitialized{});
   const double scale = 1 / a.temperature;
   parallel_for(a.rows, workers, [&](int64_t row, int worker) {
     T* stats = static_cast<T*>(a.stats) + 4 * row;
@@ -128,7 +128,7 @@ void kl_full_backward_as(const KlFullArgs& a) {
   using T = typename ComputeOf<S>::type;
   using V = typename VectorOf<T>::type;
   const int workers = worthwhile(a.threads, a.rows * a.vocab);
-  Scratch<Pair<T>> pairs(workers);
+  Scratch<Pair<T>> pairs(workers, Uninitialized{});
   const double scale = 1 / a.temperature;
   const bool past_cache = a.rows * a.vocab * static_cast<int64_t>(sizeof(S)) > (int64_t{16} << 20);
   parallel_for(a.rows, workers, [&](int64_t row, int worker) {

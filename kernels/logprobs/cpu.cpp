@@ -72,9 +72,10 @@ struct Space {
   int64_t most;  // columns of the largest CSR kept set
   Scratch<T> values, gradients, kept_values;
   Scratch<int64_t> columns;
-  Space(const LogprobsArgs& a, int workers)
-      : most(a.kept_indptr ? most_kept(a) : 0), values(workers * block_size), gradients(workers * block_size),
-        kept_values(workers * most), columns(workers * most) {}
+  Space(const LogprobsArgs& a, int workers, bool backward)
+      : most(a.kept_indptr ? most_kept(a) : 0), values(workers * block_size, Uninitialized{}),
+        gradients(backward ? workers * block_size : 0, Uninitialized{}), kept_values(backward ? workers * most : 0, Uninitialized{}),
+        columns(workers * most, Uninitialized{}) {}
 };
 
 template <bool Entropy, class S, class T>
@@ -123,7 +124,7 @@ template <class S>
 void forward(const LogprobsArgs& a) {
   using T = typename ComputeOf<S>::type;
   const int workers = worthwhile(a.threads, a.rows * (a.kept_indptr ? 16 : a.vocab));
-  Space<T> space(a, workers);
+  Space<T> space(a, workers, false);
   const int64_t width = 3 + a.labels_per_row;
   Scratch<T> label_logits(workers * a.labels_per_row);
   parallel_for(a.rows, workers, [&](int64_t row, int worker) {
@@ -206,7 +207,7 @@ void backward(const LogprobsBackwardArgs& args) {
   using V = typename VectorOf<T>::type;
   const LogprobsArgs& a = args.forward;
   const int workers = worthwhile(a.threads, a.rows * a.vocab);
-  Space<T> space(a, workers);
+  Space<T> space(a, workers, true);
   const int64_t K = a.labels_per_row;
   const bool past_cache = a.rows * a.vocab * static_cast<int64_t>(sizeof(S)) > (int64_t{16} << 20);
   auto value = [](const void* p, int64_t i) { return p ? static_cast<double>(static_cast<const T*>(p)[i]) : 0.0; };

@@ -12,7 +12,7 @@ struct Chunk { Buffer<T> x, mask, out; };
 template <class T, class Body>
 void for_each_chunk(const Rows& rows, int threads, const Units& units, Body&& body) {
   const int workers = worthwhile(threads, rows.total());
-  Scratch<Chunk<T>> chunks(workers);
+  Scratch<Chunk<T>> chunks(workers, Uninitialized{});
   parallel_for(units.size(), workers, [&](int64_t u, int worker) {
     const Unit unit = units[u];
     for (int64_t t = unit.begin, end = unit.begin + unit.size; t < end; t += chunk_size)
@@ -66,18 +66,11 @@ void row_sums_as(const RowSumsArgs& a) {
 
 template <class T>
 void standardize_as(const StandardizeArgs& a) {
-  using V = typename VectorOf<T>::type;
   const Units units(a.rows);
   for_each_chunk<T>(a.rows, a.threads, units, [&](int64_t, int64_t b, int64_t t, int64_t n, Chunk<T>& c) {
     const T* mask = fetch_mask<T>(a.mask, a.rows, b, t, n, c.mask);
-    const T* x = fetch<T>(a.x, a.rows, b, t, n, c.x);
-    T* to = static_cast<T*>(a.out) + a.rows.start(b) + t;
-    T* out = output(to, n, c.out);
-    const V zero = V::set(0), shift = V::set(static_cast<T>(a.shift)), scale = V::set(static_cast<T>(a.scale));
-    const V back = V::set(static_cast<T>(a.back));
-    for (int64_t i = 0; i < n; i += V::W)
-      select(V::load(mask + i) != zero, fma(V::load(x + i) - shift, scale, back), zero).store(out + i);
-    finish_output(to, out, n);
+    standardize_chunk(fetch<T>(a.x, a.rows, b, t, n, c.x), mask, static_cast<T*>(a.out) + a.rows.start(b) + t, n, a.shift,
+                      a.scale, a.back, c.out);
   });
 }
 

@@ -288,7 +288,7 @@ void policy_loss_as(const PolicyArgs& a) {
   const Rows& rows = a.rows;
   const Units units(rows);
   const int workers = worthwhile(a.threads, rows.total());
-  Scratch<Chunk<T>> chunks(workers);
+  Scratch<Chunk<T>> chunks(workers, Uninitialized{});
   Scratch<RowPart> parts(units.size());
   Scratch<Sums> sums(units.size());
   Scratch<RowPlan> plans(rows.count);

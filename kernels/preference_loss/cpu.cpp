@@ -1,7 +1,8 @@
 #include "cpu.h"
 
 #include <cmath>
-#include <limits>
+
+#include "common/row_value.h"
 
 namespace fastrlhf {
 namespace {
@@ -9,7 +10,7 @@ namespace {
 double log_sigmoid(double x) { return x < 0 ? x - std::log1p(std::exp(x)) : -std::log1p(std::exp(-x)); }
 double sigmoid(double x) { return x < 0 ? std::exp(x) / (1 + std::exp(x)) : 1 / (1 + std::exp(-x)); }
 
-// log(e^-x - 1), x < 0: minus the log-odds of a probability e^x
+// log(p / (1 - p)) of p = e^x, x < 0
 double log_odds(double x) { return x - std::log(-std::expm1(x)); }
 double log_odds_slope(double x) { return -1 / std::expm1(x); }
 
@@ -49,6 +50,15 @@ Loss pair_loss(const PreferenceArgs& a, double chosen, double rejected, double g
       if (slope == 0) return {0, 0, 0};  // a certain answer: infinite odds
       return {-a.beta * log_sigmoid(y), slope * log_odds_slope(chosen), -slope * log_odds_slope(rejected)};
     }
+    case PreferenceKind::bt:
+    case PreferenceKind::margin_bt: {
+      const double y = chosen - rejected - (a.kind == PreferenceKind::margin_bt ? g : 0);
+      return on_margin(-log_sigmoid(y), -sigmoid(-y));
+    }
+    case PreferenceKind::scaled_bt: {
+      const double y = chosen - rejected;
+      return on_margin(-g * log_sigmoid(y), -g * sigmoid(-y));
+    }
     default: {  // kto: both halves of the pair on their own
       const double z = a.kl_baseline, s = sigmoid(a.beta * (chosen - z)), t = sigmoid(a.beta * (z - rejected));
       return {0.5 * (a.desirable_weight * (1 - s) + a.undesirable_weight * (1 - t)),
@@ -57,15 +67,70 @@ Loss pair_loss(const PreferenceArgs& a, double chosen, double rejected, double g
   }
 }
 
+// An output of the compute type.
+struct Out {
+  void* data;
+  bool f64;
+  void set(int64_t i, double x) const {
+    if (!data) return;
+    if (f64) static_cast<double*>(data)[i] = x;
+    else static_cast<float*>(data)[i] = static_cast<float>(x);
+  }
+};
+
 }  // namespace
 
 void preference_loss(const PreferenceArgs& a) {
+  const Out losses{a.losses, a.f64}, loss{a.loss, a.f64}, d_chosen{a.d_chosen, a.f64}, d_rejected{a.d_rejected, a.f64},
+      mean_d_chosen{a.mean_d_chosen, a.f64}, mean_d_rejected{a.mean_d_rejected, a.f64};
+  auto value = [](const Array& x, int64_t i) { return x ? row_value(x, i) : 0; };
+  const double pairs = a.pairs > 0 ? static_cast<double>(a.pairs) : 1, over = a.denominator == a.denominator ? a.denominator : pairs;
+  const double share = over != 0 ? 1 / over : 0;
+  const bool reward = a.kind == PreferenceKind::bt || a.kind == PreferenceKind::margin_bt || a.kind == PreferenceKind::scaled_bt;
+  const double scale = reward ? 1 : a.beta;
+  double total = 0, sft = 0, accuracy = 0, chosen_total = 0, rejected_total = 0;
   for (int64_t i = 0; i < a.pairs; ++i) {
-    const double g = a.chosen_rewards ? a.reward_scale * (a.chosen_rewards[i] - a.rejected_rewards[i]) : 0;
-    const Loss loss = pair_loss(a, a.chosen[i] - (a.ref_chosen ? a.ref_chosen[i] : 0),
-                                a.rejected[i] - (a.ref_rejected ? a.ref_rejected[i] : 0), g);
-    a.losses[i] = loss.value, a.grad_chosen[i] = loss.chosen, a.grad_rejected[i] = loss.rejected;
+    const double given = value(a.chosen, i), length = a.chosen_lengths ? row_value(a.chosen_lengths, i) : 1;
+    const double chosen = given - value(a.ref_chosen, i), rejected = value(a.rejected, i) - value(a.ref_rejected, i);
+    const double better = value(a.chosen_rewards, i), worse = value(a.rejected_rewards, i);
+    const Loss l = pair_loss(a, chosen, rejected, reward ? better : a.reward_scale * (better - worse));
+    losses.set(i, l.value);
+    d_chosen.set(i, l.chosen);
+    d_rejected.set(i, l.rejected);
+    mean_d_chosen.set(i, (l.chosen - (a.sft_coef != 0 ? a.sft_coef / length : 0)) * share);
+    mean_d_rejected.set(i, l.rejected * share);
+    total += l.value;
+    if (a.sft_coef != 0) sft -= given / length;
+    accuracy += chosen > rejected;
+    chosen_total += chosen;
+    rejected_total += rejected;
   }
+  loss.set(0, total * share + (a.sft_coef != 0 ? a.sft_coef * sft * share : 0));
+  const double stats[preference_stats] = {accuracy / pairs, scale * (chosen_total - rejected_total) / pairs,
+                                          scale * chosen_total / pairs, scale * rejected_total / pairs, sft * share};
+  for (int i = 0; i < preference_stats; ++i) a.stats[i] = static_cast<float>(stats[i]);
+}
+
+void regression_loss(const RegressionArgs& a) {
+  const Out loss{a.loss, a.f64}, grad{a.grad, a.f64};
+  double square = 0, absolute = 0, count = 0;
+  auto error = [&](int64_t i, bool& counted) {
+    const double target = row_value(a.targets, i);
+    counted = target != a.ignore_value;
+    return counted ? row_value(a.predictions, i) - target : 0;
+  };
+  bool counted;
+  for (int64_t i = 0; i < a.count; ++i) {
+    const double e = error(i, counted);
+    square += e * e;
+    absolute += std::abs(e);
+    count += counted;
+  }
+  const double share = count > 0 ? 1 / count : 0;
+  if (a.grad) for (int64_t i = 0; i < a.count; ++i) grad.set(i, 2 * error(i, counted) * share);
+  loss.set(0, square * share);
+  const double stats[regression_stats] = {square * share, absolute * share, count};
+  for (int i = 0; i < regression_stats; ++i) a.stats[i] = static_cast<float>(stats[i]);
 }
 
 }  // namespace fastrlhf

@@ -55,17 +55,19 @@ float weighted_threshold(const float* x, int64_t n, float above, double target, 
 
 // The row as float, and e^((x - top) / T) of it. -inf and zeros past n.
 struct Space {
-  int64_t padded;
+  int64_t padded, blocks;
   Scratch<float> logits, weights;
   Scratch<double> histograms, sums;
   Space(int64_t vocab, int workers)
-      : padded((vocab + block_size - 1) / block_size * block_size), logits(workers * padded), weights(workers * padded),
-        histograms(workers * 2048), sums(workers * (padded / block_size)) {}
+      : padded((vocab + 2 * F32::W - 1) / (2 * F32::W) * (2 * F32::W)), blocks((padded + block_size - 1) / block_size),
+        logits(workers * padded, Uninitialized{}), weights(workers * padded, Uninitialized{}), histograms(workers * 2048, Uninitialized{}),
+        sums(workers * blocks, Uninitialized{}) {}
 };
 
 template <class S>
 float load_row(const S* from, int64_t n, int64_t padded, float* to) {
-  for (int64_t i = 0; i < padded; ++i) to[i] = i < n ? static_cast<float>(to_compute(from[i])) : -INFINITY;
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(to_compute(from[i]));
+  for (int64_t i = n; i < padded; ++i) to[i] = -INFINITY;
   return highest_of(to, padded);
 }
 
@@ -75,7 +77,8 @@ double keep_and_sum(const float* x, float* w, int64_t padded, float threshold, d
   const F32 limit = F32::set(threshold), zero = F32::set(0);
   for (int64_t b = 0; b < padded; b += block_size) {
     F32 s = zero;
-    for (int64_t i = b; i < b + block_size; i += F32::W) {
+    const int64_t end = padded - b < block_size ? padded : b + block_size;
+    for (int64_t i = b; i < end; i += F32::W) {
       const F32 v = select(F32::load(x + i) >= limit, F32::load(w + i), zero);
       v.store(w + i);
       s = s + v;
@@ -89,7 +92,7 @@ double keep_and_sum(const float* x, float* w, int64_t padded, float threshold, d
 int64_t walk(const float* w, int64_t padded, const double* blocks, double goal) {
   int64_t b = 0, last = -1;
   double before = 0;
-  for (int64_t i = 0; i < padded / block_size; ++i) {
+  for (int64_t i = 0; i * block_size < padded; ++i) {
     if (blocks[i] == 0) continue;
     b = last = i;
     if (before + blocks[i] > goal) break;
@@ -98,7 +101,7 @@ int64_t walk(const float* w, int64_t padded, const double* blocks, double goal) 
   if (last < 0) return -1;
   double passed = before;
   int64_t token = -1;
-  for (int64_t i = b * block_size; i < (b + 1) * block_size; ++i) {
+  for (int64_t i = b * block_size; i < (b + 1) * block_size && i < padded; ++i) {
     if (w[i] == 0) continue;
     token = i;
     passed += w[i];
@@ -116,7 +119,7 @@ void sample_as(const SampleArgs& a) {
     float* x = space.logits.get() + worker * padded;
     float* w = space.weights.get() + worker * padded;
     double* histogram = space.histograms.get() + worker * 2048;
-    double* blocks = space.sums.get() + worker * (padded / block_size);
+    double* blocks = space.sums.get() + worker * space.blocks;
     const float top = load_row(static_cast<const S*>(a.logits.data) + a.logits.offset(row), n, padded, x);
     auto finish = [&](int64_t token, double logprob, float threshold, int64_t kept) {
       a.tokens[row] = token;

@@ -48,7 +48,7 @@ void value_loss_as(const ValueArgs& a) {
   const Rows& rows = a.rows;
   const Units units(rows);
   const int workers = worthwhile(a.threads, rows.total());
-  Scratch<Chunk<T>> chunks(workers);
+  Scratch<Chunk<T>> chunks(workers, Uninitialized{});
   Scratch<double> counts(units.size()), row_counts(rows.count), weights(rows.count);
   Scratch<Sums> sums(units.size());
   parallel_for(units.size(), workers, [&](int64_t u, int worker) {

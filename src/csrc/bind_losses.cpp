@@ -62,23 +62,38 @@ void bind_losses(py::module_& m) {
     value_loss(a);
     write_result(result, value_stats, f64, loss, stats);
   });
-  // inputs: addresses of chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards (0: absent)
-  // scalars: beta, label_smoothing, reward_scale, margin, kl_baseline, desirable_weight, undesirable_weight
-  // outputs: addresses of losses, grad_chosen, grad_rejected
-  m.def("preference_loss", [](int64_t pairs, int kind, const py::tuple& inputs, const py::tuple& scalars, const py::tuple& outputs) {
+  // arrays: chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, chosen_lengths
+  // scalars: beta, label_smoothing, reward_scale, margin, kl_baseline, desirable_weight, undesirable_weight, sft_coef,
+  //          denominator
+  // outputs: addresses of loss, losses, d_chosen, d_rejected, mean_d_chosen, mean_d_rejected (0: not wanted), stats
+  m.def("preference_loss", [](int64_t pairs, bool f64, int kind, const py::tuple& arrays, const py::tuple& scalars, const py::tuple& outputs) {
     PreferenceArgs a;
     a.pairs = pairs;
+    a.f64 = f64;
     a.kind = static_cast<PreferenceKind>(kind);
-    auto input = [&](int i) { return pointer<const double>(inputs[i].cast<uintptr_t>()); };
-    auto output = [&](int i) { return pointer<double>(outputs[i].cast<uintptr_t>()); };
-    a.chosen = input(0), a.rejected = input(1), a.ref_chosen = input(2), a.ref_rejected = input(3);
-    a.chosen_rewards = input(4), a.rejected_rewards = input(5);
+    Array* const inputs[] = {&a.chosen, &a.rejected, &a.ref_chosen, &a.ref_rejected, &a.chosen_rewards, &a.rejected_rewards,
+                             &a.chosen_lengths};
+    for (size_t i = 0; i < std::size(inputs); ++i) *inputs[i] = array(arrays[i]);
     double* const fields[] = {&a.beta, &a.label_smoothing, &a.reward_scale, &a.margin, &a.kl_baseline,
-                              &a.desirable_weight, &a.undesirable_weight};
+                              &a.desirable_weight, &a.undesirable_weight, &a.sft_coef, &a.denominator};
     for (size_t i = 0; i < std::size(fields); ++i) *fields[i] = scalars[i].cast<double>();
-    a.losses = output(0), a.grad_chosen = output(1), a.grad_rejected = output(2);
+    void** const results[] = {&a.loss, &a.losses, &a.d_chosen, &a.d_rejected, &a.mean_d_chosen, &a.mean_d_rejected};
+    for (size_t i = 0; i < std::size(results); ++i) *results[i] = pointer(outputs[i].cast<uintptr_t>());
+    a.stats = pointer<float>(outputs[std::size(results)].cast<uintptr_t>());
     py::gil_scoped_release release;
     preference_loss(a);
+  });
+  m.def("regression_loss", [](int64_t count, bool f64, const py::object& predictions, const py::object& targets,
+                              double ignore_value, uintptr_t loss, uintptr_t grad, uintptr_t stats) {
+    RegressionArgs a;
+    a.count = count;
+    a.f64 = f64;
+    a.predictions = array(predictions), a.targets = array(targets);
+    a.ignore_value = ignore_value;
+    a.loss = pointer(loss), a.grad = pointer(grad);
+    a.stats = pointer<float>(stats);
+    py::gil_scoped_release release;
+    regression_loss(a);
   });
 }
 

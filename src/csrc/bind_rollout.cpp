@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "bind.h"
 #include "gae/cpu.h"
 #include "group_advantages/cpu.h"
@@ -31,7 +33,7 @@ void bind_rollout(py::module_& m) {
                       const py::object& logprobs, const py::object& ref_logprobs, const py::object& values,
                       const py::object& mask, const py::object& bootstrap, const py::tuple& shaping, double gamma,
                       double lam, uintptr_t lams, int mask_mode, uintptr_t shaped, uintptr_t kl_, uintptr_t advantages,
-                      uintptr_t returns, uintptr_t moments, int threads) {
+                      uintptr_t returns, bool whiten, int threads) {
     RolloutArgs a;
     a.rows = rows(shape);
     a.f64 = f64;
@@ -46,7 +48,7 @@ void bind_rollout(py::module_& m) {
     check_unit_interval(a.lams, a.rows.count, "lam");
     a.mask_mode = static_cast<MaskMode>(mask_mode);
     a.shaped = pointer(shaped), a.kl = pointer(kl_), a.advantages = pointer(advantages), a.returns = pointer(returns);
-    a.moments = pointer<double>(moments);
+    a.whiten = whiten;
     a.threads = threads;
     py::gil_scoped_release release;
     rollout(a);
@@ -89,16 +91,42 @@ void bind_rollout(py::module_& m) {
     py::gil_scoped_release release;
     standardize(a);
   });
-  m.def("group_advantages", [](int64_t count, uintptr_t scores, uintptr_t group_ids, uintptr_t lengths, int kind, double eps,
-                               bool unbiased, uintptr_t advantages) {
+  // x whitened into out; returns (mean, scale)
+  m.def("whiten", [](const py::tuple& shape, bool f64, const py::object& x, const py::object& mask, bool shift_mean,
+                     bool unbiased, double eps, uintptr_t out, int threads) {
+    double moments[3];
+    MomentsArgs first;
+    first.rows = rows(shape);
+    first.f64 = f64;
+    first.x = array(x), first.mask = array(mask);
+    first.moments = moments;
+    first.threads = threads;
+    StandardizeArgs second;
+    second.rows = first.rows;
+    second.f64 = f64;
+    second.x = first.x, second.mask = first.mask;
+    second.out = pointer(out);
+    second.threads = threads;
+    {
+      py::gil_scoped_release release;
+      masked_moments(first);
+      const double over = unbiased ? moments[0] - 1 : moments[0], spread = (over > 0 ? moments[2] / over : 0) + eps;
+      second.shift = moments[1];
+      second.scale = spread > 0 ? 1 / std::sqrt(spread) : 0;
+      second.back = shift_mean ? 0 : moments[1];
+      standardize(second);
+    }
+    return py::make_tuple(second.shift, second.scale);
+  });
+  m.def("group_advantages", [](int64_t count, bool f64, const py::object& scores, const py::object& group_ids,
+                               const py::object& lengths, int kind, double eps, bool unbiased, uintptr_t advantages) {
     GroupArgs a;
     a.count = count;
-    a.scores = pointer<const double>(scores);
-    a.group_ids = pointer<const int64_t>(group_ids);
-    a.lengths = pointer<const double>(lengths);
+    a.f64 = f64;
+    a.scores = array(scores), a.group_ids = array(group_ids), a.lengths = array(lengths);
     a.kind = static_cast<GroupKind>(kind);
     a.eps = eps, a.unbiased = unbiased;
-    a.advantages = pointer<double>(advantages);
+    a.advantages = pointer(advantages);
     py::gil_scoped_release release;
     group_advantages(a);
   });

@@ -8,13 +8,16 @@
 
 namespace fastrlhf {
 
-void* scratch_allocate(int64_t bytes);  // 64-byte aligned, zeroed; throws std::bad_alloc
+void* scratch_allocate(int64_t bytes, bool zeroed);  // 64-byte aligned; throws std::bad_alloc
+
+struct Uninitialized {};
 void scratch_free(void* p) noexcept;
 
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t n) : data_(static_cast<T*>(scratch_allocate(n * static_cast<int64_t>(sizeof(T))))) {}
+  explicit Scratch(int64_t n) : data_(static_cast<T*>(scratch_allocate(n * static_cast<int64_t>(sizeof(T)), true))) {}
+  Scratch(int64_t n, Uninitialized) : data_(static_cast<T*>(scratch_allocate(n * static_cast<int64_t>(sizeof(T)), false))) {}
   ~Scratch() { scratch_free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -15,11 +15,13 @@ except ImportError as error:  # a source tree without a build
     _cpu = None  # type: ignore[assignment]
     _missing = str(error)
 
+_CPU = torch.device("cpu")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 DTYPES = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3,
     torch.int32: 4, torch.int64: 5, torch.uint8: 6, torch.bool: 6,
 }  # fmt: skip
+_SCALARS = {dtype: torch.empty((), dtype=dtype, device=_CPU) for dtype in (torch.float32, torch.float64)}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _default = os.environ.get("FASTRLHF_BACKEND") or None
@@ -76,7 +78,18 @@ def result_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory for the extension to write: always on the CPU and of this dtype, whatever torch's defaults are."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.empty(shape, dtype=dtype, device=_CPU)
+
+
+def empty_as(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same, of a tensor's shape; the quickest way there is where the tensor is one like it."""
+    if like.dtype is dtype and like.is_contiguous():
+        return torch.empty_like(like)
+    return torch.empty(like.shape, dtype=dtype, device=_CPU)
+
+
+def empty_scalar(dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(_SCALARS[dtype])
 
 
 def address(t: Tensor | None) -> int:
@@ -84,11 +97,12 @@ def address(t: Tensor | None) -> int:
 
 
 def matrix(t: Tensor) -> tuple[int, int, int, int, int]:
-    """(..., V) with last stride 1 as the extension takes it; `rows_of` has made sure that the rows have two strides."""
-    if t.dim() == 2:
-        return (t.data_ptr(), DTYPES[t.dtype], max(t.shape[0], 1), 0, t.stride(0))
-    if t.dim() == 3:
-        return (t.data_ptr(), DTYPES[t.dtype], max(t.shape[1], 1), t.stride(0), t.stride(1))
+    """(..., V) with last stride 1 as the extension takes it; `with_rows` has made sure that the rows have two strides."""
+    stride = t.stride()
+    if len(stride) == 2:
+        return (t.data_ptr(), DTYPES[t.dtype], max(t.shape[0], 1), 0, stride[0])
+    if len(stride) == 3:
+        return (t.data_ptr(), DTYPES[t.dtype], max(t.shape[1], 1), stride[0], stride[1])
     return (t.data_ptr(), DTYPES[t.dtype], 1, t.shape[-1], 0)
 
 
@@ -108,23 +122,25 @@ def tokens(t: Tensor | None) -> tuple[int, int, int, int, bool] | None:
     """(B, T) or packed (total), any strides."""
     if t is None:
         return None
-    if t.dim() == 2:
-        return (t.data_ptr(), DTYPES[t.dtype], t.stride(0), t.stride(1), False)
-    return (t.data_ptr(), DTYPES[t.dtype], 0, t.stride(0), False)
+    stride = t.stride()
+    if len(stride) == 2:
+        return (t.data_ptr(), DTYPES[t.dtype], stride[0], stride[1], False)
+    return (t.data_ptr(), DTYPES[t.dtype], 0, stride[0], False)
 
 
 def row_values(t: Tensor | None) -> tuple[int, int, int, int, bool] | None:
     """(B): one value for each row."""
-    return None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(0), 0, True)
+    return None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride()[0], 0, True)
 
 
 def row_shape(t: Tensor, cu_seqlens: Tensor | None = None) -> tuple[int, int, int, int]:
     """The rows of (B, T), of a pack, or of plain (T), which is one row."""
     if cu_seqlens is not None:
         return (cu_seqlens.shape[0] - 1, 0, cu_seqlens.data_ptr(), t.shape[0])
-    if t.dim() == 2:
-        return (t.shape[0], t.shape[1], 0, 0)
-    return (1, t.shape[0], 0, 0)
+    shape = t.shape
+    if len(shape) == 2:
+        return (shape[0], shape[1], 0, 0)
+    return (1, shape[0], 0, 0)
 
 
 def disjoint_rows(t: Tensor) -> bool:
@@ -139,4 +155,4 @@ def disjoint_rows(t: Tensor) -> bool:
 
 def flat(t: Tensor) -> Tensor:
     """All elements in one dimension, for ops to which the shape means nothing."""
-    return t if t.dim() == 1 else t.reshape(-1)
+    return t if t.dim() == 1 else t.view(-1) if t.is_contiguous() else t.reshape(-1)

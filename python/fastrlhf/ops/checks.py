@@ -26,14 +26,16 @@ def tensor(name: str, t: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
 
 def like(name: str, t: Any, other_name: str, other: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """A tensor of another's shape and device."""
-    tensor(name, t, dtypes)
+    if not isinstance(t, Tensor) or t.dtype not in dtypes:
+        tensor(name, t, dtypes)
     if t.shape != other.shape:
         raise ValueError(f"{name}: expected the shape of {other_name}, {shape_of(other)}, got {shape_of(t)}")
-    same_device(name, t, other_name, other)
+    if not (t.is_cpu and other.is_cpu):
+        same_device(name, t, other_name, other)
 
 
 def same_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    if t.device != other.device:
+    if not (t.is_cpu and other.is_cpu) and t.device != other.device:
         raise ValueError(f"{name}: expected on {other_name}'s device '{other.device}', got '{t.device}'")
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..kernels.gae import reference
 from ..kernels.kl.reference import KINDS
 from . import checks
-from .backend import address, choose, empty, extension, result_dtype, row_shape, row_values, threads, tokens
+from .backend import address, choose, empty_as, extension, result_dtype, row_shape, row_values, threads, tokens
 from .library import Op
-from .masked_stats import standardize, whiten as masked_whiten
+from .masked_stats import whiten as masked_whiten
 
 
 class Experience(NamedTuple):
@@ -67,7 +67,7 @@ def shape_rewards(
         with torch.no_grad():
             return _reference_shaping(scores, logprobs, ref_logprobs, mask, cu, kl_coef, kl, score_clip, kl_clip)
     rewards, kls, *_ = _rollout(
-        logprobs.detach(), None, scores.detach(), ref_logprobs.detach(), None, mask, None, cu, None,
+        logprobs, None, scores, ref_logprobs, None, mask, None, cu, None,
         [float(kl_coef), score_clip or math.inf, kl_clip or math.inf, 1.0, 1.0], [code, 0], False,
     )  # fmt: skip
     return rewards, kls
@@ -123,12 +123,12 @@ def gae(
         with torch.no_grad():
             a, returns = _reference_gae(rewards, values, mask, cu, gamma, lam, mask_mode, bootstrap)
             return _whitened(a, mask, group, backend) if whiten else a, returns
-    _, _, advantages, returns, moments = _rollout(
-        rewards.detach(), rewards.detach(), None, None, values.detach(), mask, bootstrap, cu, lams,
+    _, _, advantages, returns = _rollout(
+        rewards, rewards, None, None, values, mask, bootstrap, cu, lams,
         [0.0, math.inf, math.inf, float(gamma), lam_value], [0, mode], whiten and group is None,
     )  # fmt: skip
-    if whiten:
-        advantages = _finish_whitening(advantages, mask, moments, group)
+    if whiten and group is not None:
+        advantages = _whitened(advantages, mask, group, backend)
     return advantages, returns
 
 
@@ -164,7 +164,7 @@ def discounted_returns(
         with torch.no_grad():
             return _reference_gae(rewards, torch.zeros_like(rewards), mask, cu, gamma, 1.0, "carry", None)[0]
     out: Tensor = _rollout(
-        rewards.detach(), rewards.detach(), None, None, None, mask, None, cu, None,
+        rewards, rewards, None, None, None, mask, None, cu, None,
         [0.0, math.inf, math.inf, float(gamma), 1.0], [0, 0], False,
     )[2]  # fmt: skip
     return out
@@ -203,13 +203,13 @@ def experience(
             rewards, kls = _reference_shaping(scores, logprobs, ref_logprobs, mask, cu, kl_coef, kl, score_clip, kl_clip)
             a, returns = _reference_gae(rewards, values, mask, cu, gamma, lam, mask_mode, bootstrap)
             return Experience(rewards, kls, _whitened(a, mask, group, backend) if whiten else a, returns)
-    rewards, kls, advantages, returns, moments = _rollout(
-        logprobs.detach(), None, scores.detach(), ref_logprobs.detach(), values.detach(), mask, bootstrap, cu, lams,
+    rewards, kls, advantages, returns = _rollout(
+        logprobs, None, scores, ref_logprobs, values, mask, bootstrap, cu, lams,
         [float(kl_coef), score_clip or math.inf, kl_clip or math.inf, float(gamma), lam_value], [code, mode],
         whiten and group is None,
     )  # fmt: skip
-    if whiten:
-        advantages = _finish_whitening(advantages, mask, moments, group)
+    if whiten and group is not None:
+        advantages = _whitened(advantages, mask, group, backend)
     return Experience(rewards, kls, advantages, returns)
 
 
@@ -278,50 +278,26 @@ def _whitened(a: Tensor, mask: Tensor | None, group: Any, backend: str | None) -
     return masked_whiten(a, None if mask is None else mask != 0, group=group, backend=backend)
 
 
-def _finish_whitening(advantages: Tensor, mask: Tensor | None, moments: Tensor | None, group: Any) -> Tensor:
-    counted = None if mask is None else mask != 0
-    if group is not None:
-        return masked_whiten(advantages, counted, group=group)
-    assert moments is not None
-    out: Tensor = _standardize_by(advantages, counted, moments)
-    return out
-
-
-def _standardize_by_moments(x: Tensor, mask: Tensor | None, moments: Tensor) -> Tensor:
-    n, mean, m2 = moments.tolist()
-    variance = m2 / (n - 1) if n > 1 else 0.0
-    return standardize(x, mask, mean, 1 / math.sqrt(variance + 1e-8), 0.0)
-
-
-_standardize_by = Op(
-    "standardize_by_moments",
-    "(Tensor x, Tensor? mask, Tensor moments) -> Tensor",
-    _standardize_by_moments,
-    lambda x, mask, moments: torch.empty(x.shape, dtype=x.dtype, device=x.device),
-)
-
-
 def _rollout_implementation(
     like: Tensor, rewards: Tensor | None, scores: Tensor | None, ref_logprobs: Tensor | None, values: Tensor | None,
     mask: Tensor | None, bootstrap: Tensor | None, cu_seqlens: Tensor | None, lams: Tensor | None,
-    numbers: list[float], codes: list[int], moments: bool,
+    numbers: list[float], codes: list[int], whiten: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """`like`: the rewards where they are given, the logprobs where they are to be shaped."""
     dtype = result_dtype(like, ref_logprobs, values, rewards)
     shaping = rewards is None
-    shaped, kls = (empty(like.shape, dtype), empty(like.shape, dtype)) if shaping else (None, None)
+    shaped, kls = (empty_as(like, dtype), empty_as(like, dtype)) if shaping else (None, None)
     recursion = values is not None or not shaping
-    advantages = empty(like.shape, dtype) if recursion else None
-    returns = empty(like.shape, dtype) if values is not None else None
-    stats = empty((3,), torch.float64) if moments else None
+    advantages = empty_as(like, dtype) if recursion else None
+    returns = empty_as(like, dtype) if values is not None else None
     kl_coef, score_clip, kl_clip, gamma, lam = numbers
     extension().rollout(
         row_shape(like, cu_seqlens), dtype == torch.float64, tokens(rewards), row_values(scores),
         tokens(like) if shaping else None, tokens(ref_logprobs), tokens(values), tokens(mask), row_values(bootstrap),
         (kl_coef, codes[0], score_clip, kl_clip), gamma, lam, address(lams), codes[1],
-        address(shaped), address(kls), address(advantages), address(returns), address(stats), threads(),
+        address(shaped), address(kls), address(advantages), address(returns), whiten, threads(),
     )  # fmt: skip
-    return shaped, kls, advantages, returns, stats
+    return shaped, kls, advantages, returns
 
 
 def _fake_rollout(
@@ -333,15 +309,14 @@ def _fake_rollout(
         return like.new_empty(like.shape, dtype=torch.float64 if wide else torch.float32) if wanted else None
 
     shaping = rewards is None
-    stats = like.new_empty(3, dtype=torch.float64) if rest[-1] else None
-    return out(shaping), out(shaping), out(values is not None or not shaping), out(values is not None), stats
+    return out(shaping), out(shaping), out(values is not None or not shaping), out(values is not None)
 
 
 _rollout = Op(
     "rollout",
     "(Tensor like, Tensor? rewards, Tensor? scores, Tensor? ref_logprobs, Tensor? values, Tensor? mask, "
-    "Tensor? bootstrap, Tensor? cu_seqlens, Tensor? lams, float[] numbers, int[] codes, bool moments) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? bootstrap, Tensor? cu_seqlens, Tensor? lams, float[] numbers, int[] codes, bool whiten) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _rollout_implementation,
     _fake_rollout,
 )

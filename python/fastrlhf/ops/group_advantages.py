@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.group_advantages import reference
 from . import checks
-from .backend import address, choose, empty, extension, result_dtype
+from .backend import choose, empty_as, extension, result_dtype, row_values
 from .library import Op
 from .masked_stats import whiten
 
@@ -62,20 +62,20 @@ def group_advantages(
     if choose("group_advantages", scores, backend) == "reference":
         with torch.no_grad():
             return reference.group_advantages(scores, group_ids, kind=kind, eps=eps, unbiased=unbiased, lengths=lengths)
-    out: Tensor = _group_advantages(scores.detach(), group_ids, lengths, code, eps, unbiased)
+    out: Tensor = _group_advantages(scores, group_ids, lengths, code, eps, unbiased)
     return whiten(out, None, unbiased=unbiased, eps=eps) if kind == "reinforce++" else out
 
 
 def _implementation(
     scores: Tensor, group_ids: Tensor, lengths: Tensor | None, kind: int, eps: float, unbiased: bool
 ) -> Tensor:
-    s, ids = scores.double().contiguous(), group_ids.long().contiguous()
-    w = None if lengths is None else lengths.double().contiguous()
-    out = empty(s.shape, torch.float64)
+    dtype = result_dtype(scores)
+    out = empty_as(scores, dtype)
     extension().group_advantages(
-        s.shape[0], s.data_ptr(), ids.data_ptr(), address(w), kind, eps, unbiased, out.data_ptr()
-    )
-    return out.to(result_dtype(scores))
+        scores.shape[0], dtype == torch.float64, row_values(scores), row_values(group_ids), row_values(lengths), kind, eps,
+        unbiased, out.data_ptr(),
+    )  # fmt: skip
+    return out
 
 
 def _fake(scores: Tensor, *_: Any) -> Tensor:

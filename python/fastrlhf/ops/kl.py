@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.kl import reference
 from . import checks
-from .backend import address, choose, empty, extension, flat, matrix, result_dtype, threads, tokens, with_rows
+from .backend import address, choose, empty, empty_as, extension, flat, matrix, result_dtype, threads, tokens, with_rows
 from .library import Op
 
 
@@ -60,7 +60,7 @@ def kl(
 
 def _run_kl(logprobs: Tensor, ref: Tensor, options: tuple[Any, ...], grad: Tensor | None) -> Tensor:
     dtype = result_dtype(logprobs, ref)
-    out = empty(logprobs.shape, dtype)
+    out = empty_as(logprobs, dtype)
     x, y = flat(logprobs), flat(ref)
     extension().kl(
         (1, x.shape[0], 0, 0), dtype == torch.float64, tokens(x), tokens(y), *options, address(grad), out.data_ptr(), threads()

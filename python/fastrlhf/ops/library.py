@@ -63,6 +63,8 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN:
+            if self.function is None:  # no gradient: none may be asked for
+                return self.packet(*(a.detach() if isinstance(a, Tensor) else a for a in args))
             return self.packet(*args)
         if self.function is not None and torch.is_grad_enabled():
             for a in args:

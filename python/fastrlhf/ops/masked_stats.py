@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..kernels.masked_stats import reference
 from . import checks
-from .backend import choose, empty, extension, flat, result_dtype, row_shape, threads, tokens
+from .backend import address, choose, empty, empty_as, extension, flat, result_dtype, row_shape, threads, tokens
 from .distributed import all_reduce_sum, merge_moments
-from .library import Op
+from .library import Op, present
 
 
 def masked_mean(
@@ -45,10 +45,10 @@ def masked_mean(
         return reference.masked_mean(x, mask, dim)
     if dim is None:
         if group is not None:
-            total, count = row_sums(flat(x), None if mask is None else flat(mask), False)
-            return _mean_over_ranks(total[0], count[0], group)
+            total, count = row_sums(flat(x), None if mask is None else flat(mask), False, counts=True)
+            return _mean_over_ranks(total, count, group)
         mean: Tensor = row_sums(flat(x), None if mask is None else flat(mask), True)[0]
-        return mean.squeeze(0)
+        return mean
     moved = x.movedim(dim, -1)
     moved_mask = None if mask is None else mask.movedim(dim, -1)
     rows = moved.shape[:-1]
@@ -128,7 +128,11 @@ def whiten(
     if choose("whiten", x, backend) == "reference" and group is None:
         return reference.whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps)
     if group is None:
-        out: Tensor = _whiten(flat(x), None if mask is None else flat(mask), shift_mean, unbiased, eps)[0]
+        save = torch.is_grad_enabled() and x.requires_grad
+        if x.dim() in (1, 2):
+            whole: Tensor = _whiten(x, mask, shift_mean, unbiased, eps, save)[0]
+            return whole
+        out: Tensor = _whiten(flat(x), None if mask is None else flat(mask), shift_mean, unbiased, eps, save)[0]
         return out.view(x.shape)
     mean, scale = _shift_and_scale(_global_moments(x, mask, group), unbiased, eps)
     return standardize(flat(x), None if mask is None else flat(mask), mean, scale, 0.0 if shift_mean else mean).view(x.shape)
@@ -176,50 +180,54 @@ def standardize(x: Tensor, mask: Tensor | None, shift: float, scale: float, back
         kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
         return torch.where(kept, (x.to(dtype) - shift) * scale + back, torch.zeros((), dtype=dtype, device=x.device))
     if out is None:
-        out = empty(x.shape, dtype)
+        out = empty_as(x, dtype)
     extension().standardize(
         row_shape(x), dtype == torch.float64, tokens(x), tokens(mask), shift, scale, back, out.data_ptr(), threads()
     )
     return out
 
 
-def _row_sums_forward(x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    dtype = result_dtype(x)
-    shape = row_shape(x, cu_seqlens)
-    sums, counts = empty((shape[0],), dtype), empty((shape[0],), dtype)
+def _row_sums_forward(
+    x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None, counts: bool
+) -> tuple[Tensor, Tensor | None]:
+    dtype, shape = result_dtype(x), row_shape(x, cu_seqlens)
+    lead = () if x.dim() == 1 and cu_seqlens is None else (shape[0],)
+    sums, n = empty(lead, dtype), empty(lead, dtype) if counts else None
     extension().row_sums(
-        shape, dtype == torch.float64, tokens(x), tokens(mask), average, sums.data_ptr(), counts.data_ptr(), threads()
+        shape, dtype == torch.float64, tokens(x), tokens(mask), average, sums.data_ptr(), address(n), threads()
     )
-    return sums, counts
+    return sums, n
 
 
-def _fake_row_sums(x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    rows = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else x.shape[0] if x.dim() == 2 else 1
+def _fake_row_sums(
+    x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None, counts: bool
+) -> tuple[Tensor, Tensor | None]:
+    lead = () if x.dim() == 1 and cu_seqlens is None else (x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(rows, dtype=dtype), x.new_empty(rows, dtype=dtype)
+    return x.new_empty(lead, dtype=dtype), x.new_empty(lead, dtype=dtype) if counts else None
 
 
 def _setup_row_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, mask, ctx.average, cu_seqlens = inputs
-    ctx.save_for_backward(mask, cu_seqlens, output[1])
+    x, mask, ctx.average, cu_seqlens, _ = inputs
+    ctx.save_for_backward(mask, cu_seqlens, present(output[1]))
     ctx.shape, ctx.dtype = x.shape, x.dtype
 
 
 def _backward_row_sums(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     mask, cu_seqlens, counts = ctx.saved_tensors
-    if ctx.average:
+    if ctx.average and counts is not None:
         grad = torch.where(counts != 0, grad / counts.where(counts != 0, torch.ones_like(counts)), torch.zeros_like(grad))
     if cu_seqlens is not None:
         g = torch.repeat_interleave(grad, cu_seqlens.diff(), output_size=ctx.shape[0])
     else:
         g = grad.unsqueeze(-1).expand(ctx.shape) if len(ctx.shape) == 2 else grad.expand(ctx.shape)
     g = g if mask is None else g * mask.to(g.dtype)
-    return g.to(ctx.dtype), None, None, None
+    return g.to(ctx.dtype), None, None, None, None
 
 
 _row_sums = Op(
     "row_sums",
-    "(Tensor x, Tensor? mask, bool average, Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor? mask, bool average, Tensor? cu_seqlens, bool counts) -> (Tensor, Tensor)",
     _row_sums_forward,
     _fake_row_sums,
     _setup_row_sums,
@@ -227,9 +235,9 @@ _row_sums = Op(
 )
 
 
-def row_sums(x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None = None) -> Any:
-    """Masked sums (or means) of the rows of (B, T), of a pack or of (T), and their counts."""
-    return _row_sums(x, mask, average, cu_seqlens)
+def row_sums(x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None = None, counts: bool = False) -> Any:
+    """Masked sums (or means) of the rows of (B, T), of a pack, or of (T), which gives one number; and their counts."""
+    return _row_sums(x, mask, average, cu_seqlens, counts or (torch.is_grad_enabled() and x.requires_grad))
 
 
 def _var_forward(x: Tensor, mask: Tensor | None, unbiased: bool) -> Tensor:
@@ -267,20 +275,25 @@ _var = Op(
 )
 
 
-def _whiten_forward(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float) -> tuple[Tensor, Tensor]:
-    mean, scale = _shift_and_scale(moments(x, mask), unbiased, eps)
-    out = standardize(x, mask, mean, scale, 0.0 if shift_mean else mean)
-    return out, torch.tensor([mean, scale], dtype=torch.float64, device="cpu")
+def _whiten_forward(
+    x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float, save: bool
+) -> tuple[Tensor, Tensor | None]:
+    dtype = result_dtype(x)
+    out = empty_as(x, dtype)
+    mean, scale = extension().whiten(
+        row_shape(x), dtype == torch.float64, tokens(x), tokens(mask), shift_mean, unbiased, eps, out.data_ptr(), threads()
+    )
+    return out, torch.tensor([mean, scale], dtype=torch.float64, device="cpu") if save else None
 
 
-def _fake_whiten(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_whiten(x: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(2, dtype=torch.float64)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(2, dtype=torch.float64) if _[-1] else None
 
 
 def _setup_whiten(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
-    ctx.options = inputs[2:]
+    ctx.options = inputs[2:5]
 
 
 def _backward_whiten(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -297,12 +310,12 @@ def _backward_whiten(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     out = r * (g - weights * (g.sum() / safe_n) - weights * d * along)
     if not shift_mean:
         out = out + weights * (g.sum() / safe_n)
-    return out.to(x.dtype), None, None, None, None
+    return out.to(x.dtype), None, None, None, None, None
 
 
 _whiten = Op(
     "whiten",
-    "(Tensor x, Tensor? mask, bool shift_mean, bool unbiased, float eps) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor? mask, bool shift_mean, bool unbiased, float eps, bool save) -> (Tensor, Tensor)",
     _whiten_forward,
     _fake_whiten,
     _setup_whiten,

@@ -12,12 +12,15 @@ from ..kernels.kl.reference import KINDS as KL_KINDS
 from ..kernels.policy_loss import reference
 from ..kernels.policy_loss.reference import RolloutCorrection
 from . import checks
-from .backend import address, choose, empty, extension, result_dtype, row_shape, row_values, threads, tokens
+from .backend import address, choose, empty_as, empty_scalar, extension, result_dtype, row_shape, row_values, threads, tokens
 from .distributed import all_reduce_sum
 from .library import Op, present
 from .stats import LossStats
 
 _NAMES = {"gpg": "reinforce"}
+
+
+_STATS = torch.empty(len(reference.STATS), dtype=torch.float32, device="cpu")
 
 
 class PolicyLoss(NamedTuple):
@@ -116,9 +119,12 @@ def policy_loss(
     checks.same_device("advantages", advantages, "logprobs", logprobs)
     if mask is not None:
         checks.like("mask", mask, "logprobs", logprobs, checks.MASKS)
-    for name, t in (("rollout_logprobs", rollout_logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy)):
-        if t is not None:
-            checks.like(name, t, "logprobs", logprobs)
+    if rollout_logprobs is not None:
+        checks.like("rollout_logprobs", rollout_logprobs, "logprobs", logprobs)
+    if ref_logprobs is not None:
+        checks.like("ref_logprobs", ref_logprobs, "logprobs", logprobs)
+    if entropy is not None:
+        checks.like("entropy", entropy, "logprobs", logprobs)
     kind = _NAMES.get(kind, kind)
     codes = [
         checks.one_of("kind", kind, reference.KINDS), 0, 0, checks.one_of("kl", kl, KL_KINDS),
@@ -131,10 +137,9 @@ def policy_loss(
         checks.number("dual_clip", dual_clip, low=1, open_low=True)
     checks.positive_or_none("ratio_clamp", ratio_clamp)
     checks.positive_or_none("delta", delta)
-    checks.positive_or_none("tau_pos", tau_pos)
-    checks.positive_or_none("tau_neg", tau_neg)
-    checks.number("kl_coef", kl_coef)
-    checks.number("entropy_coef", entropy_coef)
+    if kind == "sapo":
+        checks.number("tau_pos", tau_pos, low=0, open_low=True)
+        checks.number("tau_neg", tau_neg, low=0, open_low=True)
     if isinstance(rollout_correction, str):
         rollout_correction = RolloutCorrection(rollout_correction)
     if rollout_correction is not None:
@@ -142,10 +147,14 @@ def policy_loss(
             raise ValueError("rollout_logprobs: needed for rollout_correction, got None")
         codes[1] = reference.CORRECTIONS.index(rollout_correction.kind)
         codes[2] = reference.LEVELS.index(rollout_correction.level)
-    if kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs: needed for kl_coef={kl_coef}, got None")
-    if entropy_coef != 0 and entropy is None:
-        raise ValueError(f"entropy: needed for entropy_coef={entropy_coef}, got None")
+    if kl_coef != 0:
+        checks.number("kl_coef", kl_coef)
+        if ref_logprobs is None:
+            raise ValueError(f"ref_logprobs: needed for kl_coef={kl_coef}, got None")
+    if entropy_coef != 0:
+        checks.number("entropy_coef", entropy_coef)
+        if entropy is None:
+            raise ValueError(f"entropy: needed for entropy_coef={entropy_coef}, got None")
     denominator = global_denominator(denominator, logprobs, mask, cu, reduction, group)
 
     if choose("policy_loss", logprobs, backend) == "reference":
@@ -168,7 +177,7 @@ def policy_loss(
         logprobs, old_logprobs, advantages, mask, rollout_logprobs, ref_logprobs, entropy, cu, given, numbers, number, codes,
         grads and logprobs.requires_grad, grads and entropy is not None and entropy.requires_grad,
     )  # fmt: skip
-    return PolicyLoss(loss, LossStats(stats.detach(), reference.STATS))
+    return PolicyLoss(loss, LossStats(stats.detach() if stats.requires_grad else stats, reference.STATS))
 
 
 def global_denominator(
@@ -234,9 +243,9 @@ def _forward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     dtype = result_dtype(logprobs, old_logprobs, advantages)
     shape = row_shape(logprobs, cu_seqlens)
-    loss, stats = empty((), dtype), empty((len(reference.STATS),), torch.float32)
-    d_logprobs = empty(logprobs.shape, dtype) if grad else None
-    d_entropy = empty(logprobs.shape, dtype) if grad_entropy else None
+    loss, stats = empty_scalar(dtype), torch.empty_like(_STATS)
+    d_logprobs = empty_as(logprobs, dtype) if grad else None
+    d_entropy = empty_as(logprobs, dtype) if grad_entropy else None
     per_row = advantages.shape != logprobs.shape
     extension().policy_loss(
         shape, dtype == torch.float64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,14 +10,17 @@ from torch import Tensor
 
 from ..kernels.preference_loss import reference
 from . import checks
-from .backend import address, choose, empty, extension, result_dtype
-from .library import Op
+from .backend import address, choose, empty, empty_as, empty_scalar, extension, flat, result_dtype, row_values
+from .library import Op, present
 from .masked_stats import row_sums
+from .policy_loss import read_denominator
 from .stats import LossStats
 
 _NAMES = {"cdpo": "dpo", "spin": "dpo"}
 _STATS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "sft_loss")
+_OPTIONS = ("reward_scale", "margin", "desirable_weight", "undesirable_weight", "sft_coef")
 _REWARD_STATS = ("accuracy", "margin", "chosen_mean", "rejected_mean")
+_EMPTY_STATS = torch.empty(len(_STATS), dtype=torch.float32, device="cpu")
 _REGRESSION_STATS = ("mse", "mae", "count")
 
 
@@ -116,9 +120,10 @@ def preference_loss(
     checks.number("label_smoothing", label_smoothing, low=0, high=0.5)
     if label_smoothing == 0.5:
         raise ValueError("label_smoothing: expected in [0, 0.5), got 0.5")
-    for name, value in (("reward_scale", reward_scale), ("margin", margin), ("desirable_weight", desirable_weight),
-                        ("undesirable_weight", undesirable_weight), ("sft_coef", sft_coef)):  # fmt: skip
-        checks.number(name, value)
+    options = (reward_scale, margin, desirable_weight, undesirable_weight, sft_coef)
+    if options != (1.0, 0.0, 1.0, 1.0, 0.0):
+        for name, value in zip(_OPTIONS, options, strict=True):
+            checks.number(name, value)
     if (ref_chosen is None) != (ref_rejected is None):
         raise ValueError("ref_chosen, ref_rejected: give both or neither")
     if kind in ("simpo", "orpo") and ref_chosen is not None:
@@ -135,32 +140,49 @@ def preference_loss(
     if choose("preference_loss", chosen, backend) == "reference":
         constants = {name: None if t is None else t.detach() for name, t in optional.items()}
         losses = reference.preference_losses(
-            chosen, rejected, kind=kind, beta=beta, label_smoothing=label_smoothing,
-            reward_scale=reward_scale, margin=margin, kl_baseline=kl_baseline, desirable_weight=desirable_weight,
+            chosen, rejected, kind=kind, beta=beta, label_smoothing=label_smoothing, reward_scale=reward_scale,
+            margin=margin, kl_baseline=kl_baseline, desirable_weight=desirable_weight,
             undesirable_weight=undesirable_weight, **constants,
         )  # fmt: skip
-    else:
-        numbers = [float(x) for x in (beta, label_smoothing, reward_scale, margin)]
-        baseline = kl_baseline if isinstance(kl_baseline, Tensor) else None
-        losses = _preference_losses(
-            chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, baseline, code, numbers,
-            [0.0 if baseline is not None else float(kl_baseline), float(desirable_weight), float(undesirable_weight)],
-        )[0]  # fmt: skip
-    over = pairs_divisor(denominator, pairs)
-    loss = losses.sum() / over
-    nll = torch.zeros_like(loss)
-    if sft_coef:
-        nll = -(chosen.to(losses.dtype) / (1 if chosen_lengths is None else chosen_lengths)).sum() / over
-        loss = loss + sft_coef * nll
-    with torch.no_grad():
+        over = pairs_divisor(denominator, pairs)
+        loss, nll = losses.sum() / over, torch.zeros_like(losses.sum())
+        if sft_coef:
+            nll = -(chosen.to(losses.dtype) / (1 if chosen_lengths is None else chosen_lengths)).sum() / over
+            loss = loss + sft_coef * nll
         c, r = chosen.detach().to(losses.dtype), rejected.detach().to(losses.dtype)
         if ref_chosen is not None and ref_rejected is not None:
-            c, r = c - ref_chosen, r - ref_rejected
-        n = max(pairs, 1)
-        values = torch.stack([
-            (c > r).sum() / n, beta * (c - r).sum() / n, beta * c.sum() / n, beta * r.sum() / n, nll.detach(),
-        ])  # fmt: skip
-    return PreferenceLoss(loss, losses, LossStats(values.float(), _STATS))
+            c, r = c - ref_chosen.detach(), r - ref_rejected.detach()
+        values = torch.cat([_pair_statistics(c, r, beta), nll.detach().reshape(1)])
+        return PreferenceLoss(loss, losses, LossStats(values.float(), _STATS))
+    baseline = kl_baseline if isinstance(kl_baseline, Tensor) else None
+    numbers = [
+        float(beta), float(label_smoothing), float(reward_scale), float(margin), 0.0 if baseline is not None else float(kl_baseline),
+        float(desirable_weight), float(undesirable_weight), float(sft_coef),
+    ]  # fmt: skip
+    loss, losses, stats = _run(
+        chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, chosen_lengths, baseline, denominator,
+        code, numbers,
+    )  # fmt: skip
+    return PreferenceLoss(loss, losses, LossStats(stats, _STATS))
+
+
+def _pair_statistics(c: Tensor, r: Tensor, scale: float) -> Tensor:
+    n = max(c.shape[0], 1)
+    return torch.stack([(c > r).sum() / n, scale * (c - r).sum() / n, scale * c.sum() / n, scale * r.sum() / n])
+
+
+def _run(chosen: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, denominator, code, numbers = arguments
+    given = denominator.detach() if isinstance(denominator, Tensor) else None
+    number = math.nan
+    if denominator is not None and given is None:
+        checks.number("denominator", denominator, low=0, open_low=True)
+        number = float(denominator)
+    grad = torch.is_grad_enabled() and (chosen.requires_grad or tensors[0].requires_grad)
+    loss, losses, stats, *_ = _preference_loss(chosen, *tensors, given, code, numbers, number, grad)
+    if chosen.shape[0] == 0:  # an absent result and an empty one look alike
+        losses = chosen.to(loss.dtype)
+    return loss, losses, stats.detach() if stats.requires_grad else stats
 
 
 def pairs_divisor(denominator: Any, pairs: int) -> float | Tensor:
@@ -175,42 +197,51 @@ def pairs_divisor(denominator: Any, pairs: int) -> float | Tensor:
 
 def _forward(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None, chosen_rewards: Tensor | None,
-    rejected_rewards: Tensor | None, baseline: Tensor | None, kind: int, numbers: list[float], kto: list[float],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rejected_rewards: Tensor | None, chosen_lengths: Tensor | None, baseline: Tensor | None, given: Tensor | None, kind: int,
+    numbers: list[float], denominator: float, grad: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     dtype = result_dtype(chosen, rejected)
-    given = [
-        None if t is None else t.detach().double().contiguous()
-        for t in (chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards)
-    ]
-    losses, d_chosen, d_rejected = (empty(chosen.shape, torch.float64) for _ in range(3))
-    z = kto[0] if baseline is None else baseline.item()
+    loss, losses = empty_scalar(dtype), empty_as(chosen, dtype)
+    stats = torch.empty_like(_EMPTY_STATS)
+    slopes = [empty_as(chosen, dtype) if grad else None for _ in range(4)]
+    scalars = list(numbers)
+    if baseline is not None:
+        scalars[4] = float(baseline.item())
+    scalars.append(denominator if given is None else read_denominator(given))
+    inputs = (chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, chosen_lengths)
     extension().preference_loss(
-        chosen.shape[0], kind, tuple(address(t) for t in given), (*numbers, z, *kto[1:]),
-        (losses.data_ptr(), d_chosen.data_ptr(), d_rejected.data_ptr()),
+        chosen.shape[0], dtype == torch.float64, kind, tuple(row_values(t) for t in inputs), tuple(scalars),
+        (loss.data_ptr(), losses.data_ptr(), *(address(t) for t in slopes), stats.data_ptr()),
     )  # fmt: skip
-    return losses.to(dtype), d_chosen, d_rejected
+    return loss, losses, stats, *slopes
 
 
-def _fake(chosen: Tensor, rejected: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(chosen: Tensor, rejected: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     dtype = torch.float64 if torch.float64 in (chosen.dtype, rejected.dtype) else torch.float32
-    wide = chosen.new_empty(chosen.shape, dtype=torch.float64)
-    return chosen.new_empty(chosen.shape, dtype=dtype), wide, torch.empty_like(wide)
+    slopes = [chosen.new_empty(chosen.shape, dtype=dtype) if rest[-1] else None for _ in range(4)]
+    stats = chosen.new_empty(len(_STATS), dtype=torch.float32)
+    return chosen.new_empty((), dtype=dtype), chosen.new_empty(chosen.shape, dtype=dtype), stats, *slopes
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1], output[2])
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    ctx.save_for_backward(*(present(t) for t in output[3:]))
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    d_chosen, d_rejected = ctx.saved_tensors
-    return (grad * d_chosen).to(ctx.dtypes[0]), (grad * d_rejected).to(ctx.dtypes[1]), *[None] * 8
+def _backward(ctx: Any, g_loss: Tensor, g_losses: Tensor, *_: Any) -> tuple[Any, ...]:
+    d_chosen, d_rejected, mean_d_chosen, mean_d_rejected = ctx.saved_tensors
+    if d_chosen is None:
+        return None, None, *[None] * 11
+    chosen = g_loss * mean_d_chosen + g_losses * d_chosen
+    rejected = g_loss * mean_d_rejected + g_losses * d_rejected
+    return chosen.to(ctx.dtypes[0]), rejected.to(ctx.dtypes[1]), *[None] * 11
 
 
-_preference_losses = Op(
+_preference_loss = Op(
     "preference_loss",
     "(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? chosen_rewards, "
-    "Tensor? rejected_rewards, Tensor? baseline, int kind, float[] numbers, float[] kto) -> (Tensor, Tensor, Tensor)",
+    "Tensor? rejected_rewards, Tensor? chosen_lengths, Tensor? baseline, Tensor? given, int kind, float[] numbers, "
+    "float denominator, bool grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     _setup,
@@ -256,18 +287,13 @@ def reward_loss(
         checks.rows("margin", margin, chosen.shape[0], "pair", chosen)
     if choose("reward_loss", chosen, backend) == "reference":
         losses = reference.reward_losses(chosen, rejected, None if margin is None else margin.detach(), kind=kind)
-    else:  # dpo's with beta 1 and no reference; the margin moves the rejected score
-        dtype = result_dtype(chosen, rejected)
-        scale = None if margin is None else margin.detach().to(dtype)
-        moved = rejected.to(dtype) + scale if scale is not None and kind == "margin_bt" else rejected
-        losses = _preference_losses(chosen, moved, None, None, None, None, None, 0, [1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0])[0]
-        if scale is not None and kind == "scaled_bt":
-            losses = losses * scale
-    loss = losses.sum() / pairs_divisor(denominator, chosen.shape[0])
-    with torch.no_grad():
-        c, r, n = chosen.detach().to(losses.dtype), rejected.detach().to(losses.dtype), max(chosen.shape[0], 1)
-        values = torch.stack([(c > r).sum() / n, (c - r).sum() / n, c.sum() / n, r.sum() / n])
-    return PreferenceLoss(loss, losses, LossStats(values.float(), _REWARD_STATS))
+        loss = losses.sum() / pairs_divisor(denominator, chosen.shape[0])
+        c, r = chosen.detach().to(losses.dtype), rejected.detach().to(losses.dtype)
+        return PreferenceLoss(loss, losses, LossStats(_pair_statistics(c, r, 1.0).float(), _REWARD_STATS))
+    code = len(reference.KINDS) + reference.REWARD_KINDS.index(kind)
+    numbers = [1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
+    loss, losses, stats = _run(chosen, rejected, None, None, margin, None, None, None, denominator, code, numbers)
+    return PreferenceLoss(loss, losses, LossStats(stats[: len(_REWARD_STATS)], _REWARD_STATS))
 
 
 def regression_loss(
@@ -291,20 +317,55 @@ def regression_loss(
     checks.tensor("predictions", predictions)
     checks.like("targets", targets, "predictions", predictions)
     checks.number("ignore_value", ignore_value)
-    counted = targets != ignore_value
     if choose("regression_loss", predictions, backend) == "reference":
-        loss = reference.regression_loss(predictions, targets, ignore_value=ignore_value)
-    else:
-        from .value_loss import value_loss
-
-        loss = value_loss(
-            predictions.reshape(-1), None, targets.detach().reshape(-1), counted.reshape(-1), clip=None, backend=backend
-        ).loss * 2  # fmt: skip
-    with torch.no_grad():
+        loss = reference.regression_loss(predictions, targets.detach(), ignore_value=ignore_value)
+        counted = targets != ignore_value
         error = torch.where(counted, predictions.detach().float() - targets.float(), torch.zeros((), device=targets.device))
         n = counted.sum()
         values = torch.stack([loss.detach().float(), error.abs().sum() / n.clamp(min=1), n.float()])
-    return RegressionLoss(loss, LossStats(values, _REGRESSION_STATS))
+        return RegressionLoss(loss, LossStats(values, _REGRESSION_STATS))
+    grad = torch.is_grad_enabled() and predictions.requires_grad
+    loss, stats, _ = _regression_loss(predictions, targets, float(ignore_value), grad)
+    return RegressionLoss(loss, LossStats(stats.detach(), _REGRESSION_STATS))
+
+
+def _regression_forward(
+    predictions: Tensor, targets: Tensor, ignore_value: float, grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    dtype = result_dtype(predictions, targets)
+    p, t = flat(predictions).contiguous(), flat(targets).contiguous()
+    loss, stats = empty_scalar(dtype), empty((len(_REGRESSION_STATS),), torch.float32)
+    d = empty(predictions.shape, dtype) if grad else None
+    extension().regression_loss(
+        p.shape[0], dtype == torch.float64, row_values(p), row_values(t), ignore_value, loss.data_ptr(), address(d), stats.data_ptr()
+    )
+    return loss, stats, d
+
+
+def _regression_fake(predictions: Tensor, targets: Tensor, ignore_value: float, grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    dtype = torch.float64 if torch.float64 in (predictions.dtype, targets.dtype) else torch.float32
+    d = predictions.new_empty(predictions.shape, dtype=dtype) if grad else None
+    return predictions.new_empty((), dtype=dtype), predictions.new_empty(len(_REGRESSION_STATS), dtype=torch.float32), d
+
+
+def _regression_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    ctx.save_for_backward(present(output[2]))
+    ctx.dtype, ctx.shape = inputs[0].dtype, inputs[0].shape
+
+
+def _regression_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    (d,) = ctx.saved_tensors
+    return grad.new_zeros(ctx.shape, dtype=ctx.dtype) if d is None else (d * grad).to(ctx.dtype), None, None, None
+
+
+_regression_loss = Op(
+    "regression_loss",
+    "(Tensor predictions, Tensor targets, float ignore_value, bool grad) -> (Tensor, Tensor, Tensor)",
+    _regression_forward,
+    _regression_fake,
+    _regression_setup,
+    _regression_backward,
+)
 
 
 def sequence_logprobs(
@@ -341,4 +402,4 @@ def sequence_logprobs(
             cu_seqlens=cu, average=average,
         )  # fmt: skip
     out: Tensor = row_sums(logprobs, mask, average, cu)[0]
-    return out
+    return out.unsqueeze(0) if out.dim() == 0 else out

@@ -11,10 +11,13 @@ from torch import Tensor
 from ..kernels.policy_loss.reference import REDUCTIONS
 from ..kernels.value_loss import reference
 from . import checks
-from .backend import address, choose, empty, extension, result_dtype, row_shape, threads, tokens
+from .backend import address, choose, empty_as, empty_scalar, extension, result_dtype, row_shape, threads, tokens
 from .library import Op, present
 from .policy_loss import global_denominator, read_denominator
 from .stats import LossStats
+
+
+_STATS = torch.empty(len(reference.STATS), dtype=torch.float32, device="cpu")
 
 
 class ValueLoss(NamedTuple):
@@ -86,7 +89,7 @@ def value_loss(
         values, old_values, returns, mask, cu, given, clip or math.inf, code, number,
         torch.is_grad_enabled() and values.requires_grad,
     )  # fmt: skip
-    return ValueLoss(loss, LossStats(stats.detach(), reference.STATS))
+    return ValueLoss(loss, LossStats(stats.detach() if stats.requires_grad else stats, reference.STATS))
 
 
 def _forward(
@@ -94,8 +97,8 @@ def _forward(
     given: Tensor | None, clip: float, reduction: int, denominator: float, grad: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     dtype = result_dtype(values, returns)
-    loss, stats = empty((), dtype), empty((len(reference.STATS),), torch.float32)
-    d_values = empty(values.shape, dtype) if grad else None
+    loss, stats = empty_scalar(dtype), torch.empty_like(_STATS)
+    d_values = empty_as(values, dtype) if grad else None
     extension().value_loss(
         row_shape(values, cu_seqlens), dtype == torch.float64, tokens(values), tokens(old_values), tokens(returns),
         tokens(mask), clip, reduction, denominator if given is None else read_denominator(given), address(d_values), loss.data_ptr(),
