@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 import fastrlhf as f
+import torch
 
 from .harness import OURS, Case, Variant
 
@@ -14,7 +13,12 @@ from .harness import OURS, Case, Variant
 def cases(short: bool) -> Iterator[Case]:
     torch.manual_seed(0)
     x, y, z, mask, scores = torch.randn(4, 16), torch.randn(4, 16), torch.randn(4, 16), torch.rand(4, 16) < 0.7, torch.randn(4)
-    logits, labels, ids, pairs = torch.randn(64, 32), torch.randint(0, 32, (64,)), torch.zeros(4, dtype=torch.long), torch.randn(64)
+    logits, labels, ids, pairs = (
+        torch.randn(64, 32),
+        torch.randint(0, 32, (64,)),
+        torch.zeros(4, dtype=torch.long),
+        torch.randn(64),
+    )
     calls = {
         "logprobs": lambda: f.logprobs(logits, labels),
         "logprobs + entropy": lambda: f.logprobs(logits, labels, entropy=True),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 import fastrlhf
+import torch
 from fastrlhf.kernels.gae import reference
 
 from . import peers
@@ -19,7 +18,9 @@ def cases(short: bool) -> Iterator[Case]:
     r, v, mask = torch.randn(B, T), torch.randn(B, T), torch.rand(B, T) < 0.9
     weights = mask.float()
     bytes_ = 4 * r.nbytes + mask.nbytes
-    variants = {OURS: Variant(lambda: fastrlhf.gae(r, v, mask, gamma=0.99), lambda: fastrlhf.gae(r[:4], v[:4], mask[:4], gamma=0.99)[0])}
+    variants = {
+        OURS: Variant(lambda: fastrlhf.gae(r, v, mask, gamma=0.99), lambda: fastrlhf.gae(r[:4], v[:4], mask[:4], gamma=0.99)[0])
+    }
     packed = [x.reshape(-1) for x in (r, v, mask)]
     cu = torch.arange(0, B * T + 1, T)
     variants["fastrlhf packed"] = Variant(lambda: fastrlhf.gae(*packed, cu_seqlens=cu, gamma=0.99))

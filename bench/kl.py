@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import fastrlhf
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-import fastrlhf
 
 from .harness import OURS, Case, Variant, compiled
 
 
 def plain(x: Tensor, y: Tensor) -> Tensor:
-    return F.kl_div(torch.log_softmax(x.float(), -1), torch.log_softmax(y.float(), -1), log_target=True, reduction="none").sum(-1)
+    return F.kl_div(torch.log_softmax(x.float(), -1), torch.log_softmax(y.float(), -1), log_target=True, reduction="none").sum(
+        -1
+    )
 
 
 def cases(short: bool) -> Iterator[Case]:
@@ -31,5 +32,7 @@ def cases(short: bool) -> Iterator[Case]:
             "torch.compile": Variant(lambda f=compiled(plain): f(x, y)),
         },
         x.nbytes + y.nbytes,
-        lambda: F.kl_div(torch.log_softmax(x[:32].double(), -1), torch.log_softmax(y[:32].double(), -1), log_target=True, reduction="none").sum(-1),
+        lambda: F.kl_div(
+            torch.log_softmax(x[:32].double(), -1), torch.log_softmax(y[:32].double(), -1), log_target=True, reduction="none"
+        ).sum(-1),
     )

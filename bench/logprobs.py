@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import fastrlhf
 import torch
 from torch import Tensor
-
-import fastrlhf
 
 from . import peers
 from .harness import OURS, Case, Variant, compiled

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 import fastrlhf
+import torch
 from fastrlhf.kernels.masked_stats import reference
 
 from . import peers
@@ -31,5 +30,10 @@ def cases(short: bool) -> Iterator[Case]:
     if verl:
         variants["verl masked_whiten"] = Variant(lambda: verl(x, weights))
     yield Case(
-        "whiten", f"{n} elements", variants, 3 * x.nbytes + 2 * mask.nbytes, lambda: reference.whiten(x.double(), mask), writes=True
+        "whiten",
+        f"{n} elements",
+        variants,
+        3 * x.nbytes + 2 * mask.nbytes,
+        lambda: reference.whiten(x.double(), mask),
+        writes=True,
     )

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fastrlhf
 import torch
 from torch import Tensor
-
-import fastrlhf
 
 from . import peers
 from .harness import OURS, Case, Variant, compiled
@@ -58,7 +57,9 @@ def cases(short: bool) -> Iterator[Case]:
         settings = config(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
         weights = mask.float()
         variants["verl compute_policy_loss_vanilla"] = step(lambda x, o, a, m: verl(o, x, a, weights, "token-mean", settings))
-    yield Case("policy_loss", f"{B * T} tokens, forward + backward + stats", variants, 4 * lp.nbytes + mask.nbytes, exact, writes=True)
+    yield Case(
+        "policy_loss", f"{B * T} tokens, forward + backward + stats", variants, 4 * lp.nbytes + mask.nbytes, exact, writes=True
+    )
 
     old_values, returns = torch.randn(B, T), torch.randn(B, T)
     values = {
@@ -69,7 +70,9 @@ def cases(short: bool) -> Iterator[Case]:
     value = peers.verl_algorithm("compute_value_loss")
     if value:
         weights = mask.float()
-        values["verl compute_value_loss"] = Variant(_value_step(lambda v: value(v, returns, old_values, weights, 0.2)[0], old_values))
+        values["verl compute_value_loss"] = Variant(
+            _value_step(lambda v: value(v, returns, old_values, weights, 0.2)[0], old_values)
+        )
     yield Case("value_loss", f"{B * T} tokens, forward + backward + stats", values, 4 * lp.nbytes + mask.nbytes, writes=True)
 
 

@@ -11,9 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import fastrlhf
+import torch
 from fastrlhf import _cpu
 
 from . import peers
@@ -63,7 +62,10 @@ def print_case(rows: list[dict[str, Any]]) -> None:
     table = [list(COLUMNS), *(cells(r) for r in rows)]
     widths = [max(len(line[i]) for line in table if i < len(line) and len(line) > 2) for i in range(len(COLUMNS))]
     for line in table:
-        print("  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=False))), flush=True)
+        print(
+            "  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=False))),
+            flush=True,
+        )
 
 
 def save(path: Path, ceilings: dict[str, float], rows: list[dict[str, Any]]) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import fastrlhf
 import torch
 from torch import Tensor
-
-import fastrlhf
 
 from .harness import OURS, Case, Variant
 
@@ -35,5 +34,6 @@ def cases(short: bool) -> Iterator[Case]:
         OURS: Variant(lambda: fastrlhf.sample(logits, seed=0)), "torch eager": Variant(lambda: plain(logits)),
     }, logits.nbytes)  # fmt: skip
     yield Case("sample", f"{rows}x{vocab}, top_p 0.9", {
-        OURS: Variant(lambda: fastrlhf.sample(logits, seed=0, top_p=0.9)), "torch eager": Variant(lambda: plain_top_p(logits, 0.9)),
+        OURS: Variant(lambda: fastrlhf.sample(logits, seed=0, top_p=0.9)),
+        "torch eager": Variant(lambda: plain_top_p(logits, 0.9)),
     }, logits.nbytes)  # fmt: skip

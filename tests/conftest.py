@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import fastrlhf
 import pytest
 import torch
-
-import fastrlhf
 from fastrlhf import _cpu
 
 ISAS = _cpu.isas()

@@ -20,7 +20,10 @@ def assert_accurate(ours: Tensor, oracle: Tensor, plain: Tensor, what: str = "")
     ours, plain = ours.detach().double(), plain.detach().double()
     finite = oracle.isfinite()
     strange = ~finite
-    assert torch.equal(ours[strange].nan_to_num(7, 8, 9), oracle[strange].nan_to_num(7, 8, 9)), (what, "non-finite values differ")
+    assert torch.equal(ours[strange].nan_to_num(7, 8, 9), oracle[strange].nan_to_num(7, 8, 9)), (
+        what,
+        "non-finite values differ",
+    )
     assert ours[finite].isfinite().all(), (what, "not finite where the oracle is")
     huge = finite & (oracle.abs() > 1e6)
     torch.testing.assert_close(ours[huge], oracle[huge], rtol=4e-6, atol=0)  # a float32 difference of 30 is good to 2e-6

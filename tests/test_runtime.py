@@ -10,17 +10,18 @@ import sys
 import threading
 from pathlib import Path
 
+import fastrlhf
 import pytest
 import torch
-
-import fastrlhf
 from fastrlhf import _cpu
 
 PROGRAM = "import fastrlhf, torch; from fastrlhf import _cpu; print(_cpu.isa(), fastrlhf.logprobs(torch.zeros(1, 4), torch.tensor([1])).logprobs.item())"
 
 
 def python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize("isa", _cpu.isas())
@@ -52,7 +53,10 @@ def threads_of(program: str) -> int:
 def test_threads_are_torchs_own():
     """Running our kernels beside torch's adds no thread: one pool, torch's."""
     torch_only = "import torch; torch.set_num_threads(2)\nx = torch.randn(64, 50000); (x @ x.t()).sum(); x.exp().sum(); torch.randn(8, 8)"
-    with_ours = torch_only + "\nimport fastrlhf\nfor _ in range(5): fastrlhf.logprobs(x, torch.zeros(64, dtype=torch.long)); x.exp().sum()"
+    with_ours = (
+        torch_only
+        + "\nimport fastrlhf\nfor _ in range(5): fastrlhf.logprobs(x, torch.zeros(64, dtype=torch.long)); x.exp().sum()"
+    )
     assert threads_of(with_ours) <= threads_of(torch_only)
 
 
@@ -112,7 +116,9 @@ def shared_objects() -> list[Path]:
 def test_no_symbol_of_torch():
     assert shared_objects()
     for path in shared_objects():
-        symbols = subprocess.run(["nm", "-D", "-C", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+        symbols = subprocess.run(
+            ["nm", "-D", "-C", "--undefined-only", path], capture_output=True, text=True, check=True
+        ).stdout
         assert not re.search(r"\bc10::|\bat::|torch", symbols), path
         needed = subprocess.run(["objdump", "-p", path], capture_output=True, text=True, check=True).stdout
         assert not re.search(r"NEEDED.*(torch|c10|gomp|omp)", needed), path

@@ -49,7 +49,9 @@ def statistics(
     z = torch.where(here, x.gather(-1, column), torch.full_like(x[:, :1], -torch.inf))
     if kept is not None:
         keep = kept_mask(kept, x.shape[0], x.shape[1], start)
-        keep = keep.scatter(-1, column, keep.gather(-1, column) | here) if labels.shape[-1] == 1 else _keep_all(keep, column, here)
+        keep = (
+            keep.scatter(-1, column, keep.gather(-1, column) | here) if labels.shape[-1] == 1 else _keep_all(keep, column, here)
+        )
         x = torch.where(keep, x, torch.full_like(x, -torch.inf))
     scale = 1 / temperature.to(x.dtype).reshape(-1, 1) if isinstance(temperature, Tensor) else 1 / temperature
     m = x.detach().amax(-1, keepdim=True)
@@ -66,9 +68,7 @@ def _keep_all(keep: Tensor, column: Tensor, here: Tensor) -> Tensor:
     return keep
 
 
-def results(
-    m: Tensor, s: Tensor, t: Tensor, z: Tensor, counted: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def results(m: Tensor, s: Tensor, t: Tensor, z: Tensor, counted: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs (N, K) = (x_y - m)/T - log s, entropy (N) = log s - t/s, lse (N) = m/T + log s; 0 where nothing counts."""
     row = counted.any(-1)
     logprobs = torch.where(counted, (z - m) * scale - s.log(), torch.zeros_like(z))

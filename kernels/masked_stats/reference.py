@@ -33,9 +33,7 @@ def masked_var(x: Tensor, mask: Tensor | None, *, unbiased: bool = True) -> Tens
     return torch.where(over > 0, square / torch.where(over > 0, over, torch.ones_like(over)), torch.zeros_like(square))
 
 
-def whiten(
-    x: Tensor, mask: Tensor | None, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8
-) -> Tensor:
+def whiten(x: Tensor, mask: Tensor | None, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8) -> Tensor:
     """(x - mean) / √(var + eps), + mean unless shift_mean; zeros where the mask is 0."""
     x, w = weighted(x, mask)
     mean = masked_mean(x, w)

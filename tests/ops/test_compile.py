@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import fastrlhf as f
 import pytest
 import torch
 import torch._dynamo.testing
-
-import fastrlhf as f
 
 B, T, V = 3, 40, 50
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import socket
 
+import fastrlhf
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-import fastrlhf
 from fastrlhf import VocabParallel
 from fastrlhf.kernels.logprobs import reference
 
@@ -109,13 +108,24 @@ def losses(rank: int, world: int) -> None:
         for backend in ("cpu", "reference"):
             full = fastrlhf.policy_loss(lp, old, A, mask, reduction=reduction, ratio_clamp=1.0).loss
             part = fastrlhf.policy_loss(
-                lp[mine], old[mine], A[mine], mask[mine], reduction=reduction, ratio_clamp=1.0, group=dist.group.WORLD, backend=backend
+                lp[mine],
+                old[mine],
+                A[mine],
+                mask[mine],
+                reduction=reduction,
+                ratio_clamp=1.0,
+                group=dist.group.WORLD,
+                backend=backend,
             ).loss
             dist.all_reduce(part)
             torch.testing.assert_close(part, full, rtol=1e-5, atol=1e-6)
-            value = fastrlhf.value_loss(lp[mine], old[mine], A[mine], mask[mine], reduction=reduction, group=dist.group.WORLD).loss
+            value = fastrlhf.value_loss(
+                lp[mine], old[mine], A[mine], mask[mine], reduction=reduction, group=dist.group.WORLD
+            ).loss
             dist.all_reduce(value)
-            torch.testing.assert_close(value, fastrlhf.value_loss(lp, old, A, mask, reduction=reduction).loss, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                value, fastrlhf.value_loss(lp, old, A, mask, reduction=reduction).loss, rtol=1e-5, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
+import fastrlhf as f
 import pytest
 import torch
-
-import fastrlhf as f
 
 NAN = float("nan")
 x23, m23 = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
@@ -112,7 +111,14 @@ def test_wrong_inputs(op, arguments, options, error, message):
     before = [t.clone() for t in tensors]
     with pytest.raises(error, match=re.escape(message)):
         op(*arguments, **options)
-    assert all(torch.equal(a, b, ) or (a != a).any() for a, b in zip(tensors, before, strict=True))
+    assert all(
+        torch.equal(
+            a,
+            b,
+        )
+        or (a != a).any()
+        for a, b in zip(tensors, before, strict=True)
+    )
 
 
 def test_a_failed_backward_leaves_the_logits():

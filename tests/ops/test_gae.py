@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+import fastrlhf
 import pytest
 import torch
+from fastrlhf.kernels.gae import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastrlhf
-from fastrlhf.kernels.gae import reference
 from tests.oracle import assert_accurate
 
 LENGTHS = [0, 1, 7, 511, 512, 513, 4096]
@@ -158,9 +158,7 @@ def test_experience_is_shaping_then_gae(backend, kl, packed):
     assert_accurate(rewards, oracle[0], plain[0], "rewards")
     assert_accurate(kls, oracle[1], plain[1], "kl")
     a, returns = fastrlhf.gae(rewards, values, mask, cu_seqlens=cu, gamma=0.99, whiten=True, backend=backend)
-    fused = fastrlhf.experience(
-        scores, logprobs, ref, values, mask, gamma=0.99, whiten=True, backend=backend, **shaping
-    )
+    fused = fastrlhf.experience(scores, logprobs, ref, values, mask, gamma=0.99, whiten=True, backend=backend, **shaping)
     for x, y in zip(fused, (rewards, kls, a, returns), strict=True):
         assert torch.equal(x, y)
 

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
+import fastrlhf
 import pytest
 import torch
-
-import fastrlhf
 from fastrlhf.kernels.group_advantages import reference
 
 KINDS = reference.KINDS

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+import fastrlhf
 import pytest
 import torch
+from fastrlhf.kernels.kl import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastrlhf
-from fastrlhf.kernels.kl import reference
 from tests.oracle import assert_accurate, assert_gradient_accurate
 
 KINDS = reference.KINDS
@@ -80,7 +80,10 @@ def test_full_against_the_oracle(backend, direction, dtype):
         for offset, spread in ((0.0, 0.1), (30.0, 4.0)):
             x = (torch.randn(3, vocab) * 3 + offset).to(dtype)
             y = (x.float() + torch.randn(3, vocab) * spread - offset).to(dtype)
-            tensors = [[t.detach().to(d or dtype, copy=True).requires_grad_() for t in (x, y)] for d in (None, torch.float64, torch.float32)]
+            tensors = [
+                [t.detach().to(d or dtype, copy=True).requires_grad_() for t in (x, y)]
+                for d in (None, torch.float64, torch.float32)
+            ]
             outs = [fastrlhf.kl_full(*tensors[0], direction=direction, temperature=1.3, backend=backend)]
             outs += [reference.kl_full(*t, direction=direction, temperature=1.3) for t in tensors[1:]]
             assert_accurate(*outs, f"{direction} {vocab}")

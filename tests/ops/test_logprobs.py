@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import itertools
 
+import fastrlhf
 import pytest
 import torch
+from fastrlhf.kernels.logprobs import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastrlhf
-from fastrlhf.kernels.logprobs import reference
 from tests.oracle import assert_accurate, assert_gradient_accurate
 
 VOCABS = [1, 2, 127, 128, 129, 1000, 4095, 4097, 32000, 50257]
@@ -153,7 +153,10 @@ def test_huge_logits(backend):
 def test_permuting_the_vocabulary(backend):
     logits, labels = torch.randn(4, 5000), torch.randint(0, 5000, (4,))
     order = torch.randperm(5000)
-    ours, moved = everything(logits, labels, backend), everything(logits[:, order].contiguous(), order.argsort()[labels], backend)
+    ours, moved = (
+        everything(logits, labels, backend),
+        everything(logits[:, order].contiguous(), order.argsort()[labels], backend),
+    )
     for a, b in zip(ours, moved, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-6)
 
@@ -260,7 +263,9 @@ def test_kept(backend, form, softcap):
     full[torch.arange(5), labels] = True
     oracle = reference.logprobs(logits.double().masked_fill(~full, -torch.inf), labels)
     if softcap is None:
-        torch.testing.assert_close(everything(logits, labels, backend, kept=kept).logprobs.double(), oracle[0], rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(
+            everything(logits, labels, backend, kept=kept).logprobs.double(), oracle[0], rtol=1e-6, atol=2e-6
+        )
     x = logits.clone().requires_grad_()
     everything(x, labels, backend, kept=kept).logprobs.sum().backward()
     assert (x.grad[~full] == 0).all()
@@ -279,7 +284,9 @@ def test_rows_are_read_where_they_lie(backend):
     wide = torch.randn(4, 1000)[:, 100:800]  # row stride above V
     check(wide, torch.randint(0, 700, (4,)), backend)
     expanded = torch.randn(1, 700).expand(4, 700)
-    assert torch.equal(everything(expanded, labels[0, :4], backend).lse, everything(expanded.contiguous(), labels[0, :4], backend).lse)
+    assert torch.equal(
+        everything(expanded, labels[0, :4], backend).lse, everything(expanded.contiguous(), labels[0, :4], backend).lse
+    )
     four = torch.randn(2, 3, 5, 60)[:, :, 1:]
     assert torch.equal(
         everything(four, torch.zeros(2, 3, 4, dtype=torch.long), backend).lse,

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+import fastrlhf
 import pytest
 import torch
+from fastrlhf.kernels.masked_stats import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastrlhf
-from fastrlhf.kernels.masked_stats import reference
 from tests.oracle import assert_accurate
 
 FUNCTIONS = [
@@ -67,7 +67,9 @@ def test_gradcheck(backend):
         for dim in (None, 0, 1):
             assert torch.autograd.gradcheck(lambda t, m=mask, d=dim: fastrlhf.masked_mean(t, m, d, backend=backend), x)
         for unbiased in (True, False):
-            assert torch.autograd.gradcheck(lambda t, m=mask, u=unbiased: fastrlhf.masked_var(t, m, unbiased=u, backend=backend), x)
+            assert torch.autograd.gradcheck(
+                lambda t, m=mask, u=unbiased: fastrlhf.masked_var(t, m, unbiased=u, backend=backend), x
+            )
             for shift in (True, False):
                 assert torch.autograd.gradcheck(
                     lambda t, m=mask, u=unbiased, s=shift: fastrlhf.whiten(t, m, unbiased=u, shift_mean=s, backend=backend), x

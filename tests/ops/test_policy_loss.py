@@ -1,14 +1,14 @@
 from __future__ import annotations
 
+import fastrlhf
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import fastrlhf
 from fastrlhf import RolloutCorrection
 from fastrlhf.kernels.policy_loss import reference
 from fastrlhf.kernels.value_loss import reference as value_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from tests.oracle import assert_accurate
 
 KINDS = reference.KINDS
@@ -76,7 +76,10 @@ def test_against_the_oracle(backend, kind, reduction):
         if B > 2:
             b["mask"][1] = False
         check(b | {"kind": kind, "reduction": reduction}, backend)
-        check(b | extras(b) | {"kind": kind, "reduction": reduction, "rollout_correction": RolloutCorrection("tis", high=1.2)}, backend)
+        check(
+            b | extras(b) | {"kind": kind, "reduction": reduction, "rollout_correction": RolloutCorrection("tis", high=1.2)},
+            backend,
+        )
 
 
 @pytest.mark.parametrize("kind", ["ppo", "gspo"])
@@ -119,7 +122,7 @@ def test_packed_is_padded(backend, kind, reduction):
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
     total = int(cu[-1])
     b = {k: v[0] for k, v in batch(1, total).items()}
-    e = {k: v if not isinstance(v, torch.Tensor) else v for k, v in extras(b).items()}
+    e = extras(b)
     options = {"kind": kind, "reduction": reduction, "rollout_correction": RolloutCorrection("tis", "geometric", high=1.1)}
     check(b | e | options | {"cu_seqlens": cu}, backend)
     rows = torch.randn(5)
@@ -149,7 +152,10 @@ def test_nothing_counted(backend, kind):
 def test_masked_garbage_is_not_seen(backend, kind):
     b = batch(3, 100)
     b |= extras(b)
-    dirty = {k: v.masked_fill(~b["mask"], torch.nan) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in b.items()}
+    dirty = {
+        k: v.masked_fill(~b["mask"], torch.nan) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in b.items()
+    }
     options = {"kind": kind, "rollout_correction": "tis"}
     a, c = (run(fastrlhf.policy_loss, x | options, backend=backend) for x in (b, dirty))
     assert all(torch.equal(x, y) for x, y in zip(a, c, strict=True))
@@ -199,7 +205,9 @@ def test_gradcheck(backend, kind):
     entropy = e.pop("entropy").requires_grad_()
 
     def f(x, h):
-        return fastrlhf.policy_loss(x, b["old_logprobs"], b["advantages"], b["mask"], entropy=h, kind=kind, backend=backend, **e).loss
+        return fastrlhf.policy_loss(
+            x, b["old_logprobs"], b["advantages"], b["mask"], entropy=h, kind=kind, backend=backend, **e
+        ).loss
 
     if kind != "cispo":  # sg(): its gradient is not the derivative of its value
         assert torch.autograd.gradcheck(f, (b["logprobs"].requires_grad_(), entropy))
@@ -212,7 +220,9 @@ def test_statistics(backend):
     mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
     old = torch.full((1, 6), -1.0)
     s = fastrlhf.policy_loss(old + d, old, A, mask, rollout_logprobs=old - 0.25, backend=backend).stats.to_dict()
-    assert s["tokens"] == 5 and s["clip_fraction_high"] == pytest.approx(1 / 5) and s["clip_fraction_low"] == pytest.approx(1 / 5)
+    assert (
+        s["tokens"] == 5 and s["clip_fraction_high"] == pytest.approx(1 / 5) and s["clip_fraction_low"] == pytest.approx(1 / 5)
+    )
     up, down = 1.6487213, 0.6065307
     assert s["ratio_max"] == pytest.approx(up) and s["ratio_min"] == pytest.approx(down)
     assert s["ratio_mean"] == pytest.approx((2 * up + 2 * down + 1) / 5)
@@ -283,7 +293,11 @@ def test_value_loss_packed_masked_and_checked(backend):
     whole = run_value(fastrlhf.value_loss, v, old, r, mask, backend=backend, reduction="seq-mean-token-mean")
     cu = torch.tensor([0, 50, 100, 150, 200])
     packed = run_value(
-        fastrlhf.value_loss, *(t.reshape(-1) for t in (v, old, r, mask)), backend=backend, reduction="seq-mean-token-mean", cu_seqlens=cu
+        fastrlhf.value_loss,
+        *(t.reshape(-1) for t in (v, old, r, mask)),
+        backend=backend,
+        reduction="seq-mean-token-mean",
+        cu_seqlens=cu,
     )
     torch.testing.assert_close(packed[0], whole[0])
     torch.testing.assert_close(packed[2].reshape(4, 50), whole[2])

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+import fastrlhf
 import pytest
 import torch
 import torch.nn.functional as F
-
-import fastrlhf
 from fastrlhf.kernels.preference_loss import reference
+
 from tests.oracle import assert_accurate
 
 KINDS = reference.KINDS
@@ -32,7 +32,11 @@ def run(tensors, options, dtype, backend=None, definition=False):
     cast = [None if t is None else t.detach().to(dtype or t.dtype, copy=True) for t in tensors]
     cast[0].requires_grad_(), cast[1].requires_grad_()
     options = {k: v.to(dtype or v.dtype) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    losses = reference.preference_losses(*cast, **options) if definition else fastrlhf.preference_loss(*cast, backend=backend, **options).losses
+    losses = (
+        reference.preference_losses(*cast, **options)
+        if definition
+        else fastrlhf.preference_loss(*cast, backend=backend, **options).losses
+    )
     losses.backward(torch.linspace(-1, 2, N).to(losses.dtype))
     return losses, cast[0].grad, cast[1].grad
 
@@ -52,7 +56,11 @@ def test_gradcheck(backend, kind):
     (c, r, *ref), options = pairs(kind, torch.float64)
     c, r = c.requires_grad_(), r.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x, y: fastrlhf.preference_loss(x, y, *ref, sft_coef=0.3, chosen_lengths=torch.arange(1, N + 1), backend=backend, **options).loss,
+        lambda x, y: (
+            fastrlhf.preference_loss(
+                x, y, *ref, sft_coef=0.3, chosen_lengths=torch.arange(1, N + 1), backend=backend, **options
+            ).loss
+        ),
         (c, r),
     )
 

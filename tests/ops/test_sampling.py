@@ -1,9 +1,8 @@
 from __future__ import annotations
 
+import fastrlhf
 import pytest
 import torch
-
-import fastrlhf
 from fastrlhf.kernels.sampling.reference import philox_uniform
 
 CUTS = [{}, {"top_k": 1}, {"top_k": 17}, {"top_p": 0.7}, {"min_p": 0.05}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}]
@@ -29,7 +28,9 @@ def test_logprobs_are_what_training_recomputes(backend):
     again = fastrlhf.logprobs(logits, s.tokens, temperature=0.8, kept=s.kept, backend=backend).logprobs
     torch.testing.assert_close(again, s.logprobs, rtol=1e-5, atol=2e-6)
     plain = fastrlhf.sample(logits, seed=1, backend=backend)
-    torch.testing.assert_close(fastrlhf.logprobs(logits, plain.tokens, backend=backend).logprobs, plain.logprobs, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(
+        fastrlhf.logprobs(logits, plain.tokens, backend=backend).logprobs, plain.logprobs, rtol=1e-5, atol=2e-6
+    )
 
 
 def test_distribution(cpu):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import fastrlhf
 import pytest
 import torch
-
-import fastrlhf
 
 utils = pytest.importorskip("trl.trainer.utils")
 
@@ -18,7 +17,9 @@ def test_selective_log_softmax(temperature):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     several = torch.randint(0, 4000, (3, 20, 4))
     theirs = utils.selective_log_softmax(logits, several, temperature=temperature)
-    torch.testing.assert_close(fastrlhf.logprobs(logits, several, temperature=temperature).logprobs, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        fastrlhf.logprobs(logits, several, temperature=temperature).logprobs, theirs, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_entropy():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import fastrlhf
 import pytest
 import torch
-
-import fastrlhf
 
 core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
 verl_F = pytest.importorskip("verl.utils.torch_functional")
@@ -40,7 +39,16 @@ def test_masked_statistics():
     torch.testing.assert_close(fastrlhf.whiten(x, mask)[keep], verl_F.masked_whiten(x, mask)[keep], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "options"), [("kl", {"kind": "k1"}), ("abs", {"kind": "abs"}), ("mse", {"kind": "k2"}), ("low_var_kl", {"kind": "k3", "clamp_input": 20.0, "clamp_output": 10.0}), ("k3+", {"kind": "k3", "clamp_input": 20.0, "clamp_output": 10.0, "straight_through": True})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("kl", {"kind": "k1"}),
+        ("abs", {"kind": "abs"}),
+        ("mse", {"kind": "k2"}),
+        ("low_var_kl", {"kind": "k3", "clamp_input": 20.0, "clamp_output": 10.0}),
+        ("k3+", {"kind": "k3", "clamp_input": 20.0, "clamp_output": 10.0, "straight_through": True}),
+    ],
+)
 def test_kl_penalty(name, options):
     lp, ref = torch.randn(4, 50) * 4, torch.randn(4, 50) * 4
     a, b = lp.clone().requires_grad_(), lp.clone().requires_grad_()
@@ -50,7 +58,9 @@ def test_kl_penalty(name, options):
     torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"])
+@pytest.mark.parametrize(
+    "mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
+)
 def test_reductions_and_value_loss(mode):
     v, old, r, mask = torch.randn(5, 60), torch.randn(5, 60), torch.randn(5, 60), masks(5, 60)
     mask[2] = 0
@@ -60,7 +70,17 @@ def test_reductions_and_value_loss(mode):
     torch.testing.assert_close(ours.stats.get("clip_fraction"), clipped, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "mode", "name"), [("ppo", "token-mean", "vanilla"), ("cispo", "token-mean", "cispo"), ("sapo", "seq-mean-token-mean", "sapo"), ("gspo", "seq-mean-token-mean", "gspo"), ("gpg", "token-mean", "gpg"), ("gmpo", "seq-mean-token-mean", "geo_mean")])
+@pytest.mark.parametrize(
+    ("kind", "mode", "name"),
+    [
+        ("ppo", "token-mean", "vanilla"),
+        ("cispo", "token-mean", "cispo"),
+        ("sapo", "seq-mean-token-mean", "sapo"),
+        ("gspo", "seq-mean-token-mean", "gspo"),
+        ("gpg", "token-mean", "gpg"),
+        ("gmpo", "seq-mean-token-mean", "geo_mean"),
+    ],
+)
 def test_policy_losses(kind, mode, name):
     from verl.workers.config import FSDPActorConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_cpu: Any = None
 try:
-    from .. import _cpu
+    _cpu = importlib.import_module("fastrlhf._cpu")
 except ImportError as error:  # a source tree without a build
-    _cpu = None  # type: ignore[assignment]
     _missing = str(error)
 
 _CPU = torch.device("cpu")

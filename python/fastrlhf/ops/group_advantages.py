@@ -66,9 +66,7 @@ def group_advantages(
     return whiten(out, None, unbiased=unbiased, eps=eps) if kind == "reinforce++" else out
 
 
-def _implementation(
-    scores: Tensor, group_ids: Tensor, lengths: Tensor | None, kind: int, eps: float, unbiased: bool
-) -> Tensor:
+def _implementation(scores: Tensor, group_ids: Tensor, lengths: Tensor | None, kind: int, eps: float, unbiased: bool) -> Tensor:
     dtype = result_dtype(scores)
     out = empty_as(scores, dtype)
     extension().group_advantages(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.logprobs import reference
 from . import checks
-from .backend import address, choose, empty, extension, disjoint_rows, matrix, result_dtype, threads, with_rows
+from .backend import address, choose, disjoint_rows, empty, extension, matrix, result_dtype, threads, with_rows
 from .distributed import all_gather, size_and_rank
 from .library import Op, present
 
@@ -249,9 +249,9 @@ def _backward(ctx: Any, g_logprobs: Tensor | None, g_entropy: Tensor | None, g_l
     g_entropy, g_lse = (None if g is None or g.shape != m.shape else g for g in (g_entropy, g_lse))
     if H is None:
         g_entropy = None
-    arguments = (*tensors, *ctx.options, m, log_sum, H, g_logprobs, g_entropy, g_lse)
+    arguments: tuple[Any, ...] = (*tensors, *ctx.options, m, log_sum, H, g_logprobs, g_entropy, g_lse)
     if ctx.inplace and not torch.compiler.is_compiling() and type(tensors[0]) is Tensor:
-        grad = _backward_implementation(*arguments, inplace=True)
+        grad = _backward_implementation(*arguments, True)
     else:
         grad = _logprobs_backward(*arguments)
     return grad, *[None] * 14
@@ -301,7 +301,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         *tensors, m, log_sum, H = ctx.saved_tensors
-        grad = _backward_implementation(*tensors, *ctx.options, m, log_sum, H, *grads, inplace=ctx.inplace)
+        arguments: tuple[Any, ...] = (*tensors, *ctx.options, m, log_sum, H, *grads, ctx.inplace)
+        grad = _backward_implementation(*arguments)
         return *[None] * 4, grad, *[None] * 10
 
 
@@ -318,7 +319,11 @@ def _reference(
             f"labels: {labels.reshape(-1)[i].item()} at flat position {i} is outside [0, {total}) and is not "
             f"ignore_index ({ignore_index})"
         )
-    if temperatures is not None and not torch.compiler.is_compiling() and not bool(((temperatures >= 1e-20) & (temperatures <= 1e20)).all()):
+    if (
+        temperatures is not None
+        and not torch.compiler.is_compiling()
+        and not bool(((temperatures >= 1e-20) & (temperatures <= 1e20)).all())
+    ):
         raise ValueError("temperature: every value must lie in [1e-20, 1e20]")
     x = logits.reshape(-1, vocab)
     y = labels.reshape(x.shape[0], labels.shape[-1] if labels.dim() == logits.dim() else 1)
@@ -335,7 +340,9 @@ def _reference(
             shift = (m_ - M) * scale
             factor = torch.exp(shift)
             empty = factor == 0
-            return s_ * factor, torch.where(empty, torch.zeros_like(t_), (t_ + s_ * torch.where(empty, torch.zeros_like(shift), shift)) * factor)
+            return s_ * factor, torch.where(
+                empty, torch.zeros_like(t_), (t_ + s_ * torch.where(empty, torch.zeros_like(shift), shift)) * factor
+            )
 
         all_s, all_t = _sum_parts(parts, to_common)
         own_s, own_t = to_common(m, s, t)
@@ -344,9 +351,7 @@ def _reference(
         z = torch.where(z > -torch.inf, z, Z)
         m = M
     out, H, lse_ = reference.results(m, s, t, z, counted, scale)
-    return Logprobs(
-        out.reshape(labels.shape), H.reshape(lead) if entropy else None, lse_.reshape(lead) if lse else None
-    )
+    return Logprobs(out.reshape(labels.shape), H.reshape(lead) if entropy else None, lse_.reshape(lead) if lse else None)
 
 
 def _sum_parts(parts: Tensor, to_common: Any) -> tuple[Tensor, Tensor]:

@@ -299,7 +299,8 @@ def _setup_whiten(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _backward_whiten(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     """z = (x - mean) r, r = (var + eps)^(-1/2): dx = r m (g - ḡ - z Σ(g z)/over), + m ḡ where the mean is added back;
     g is 0 where the mask is, ḡ its sum over n."""
-    x, mask, (mean, r) = ctx.saved_tensors
+    x, mask, mean_and_scale = ctx.saved_tensors
+    r = mean_and_scale[1]
     shift_mean, unbiased, _ = ctx.options
     d, weights, n = _centred(x, mask)
     g = torch.where(weights != 0, grad.to(d.dtype), torch.zeros_like(d))

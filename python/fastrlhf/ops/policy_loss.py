@@ -12,7 +12,18 @@ from ..kernels.kl.reference import KINDS as KL_KINDS
 from ..kernels.policy_loss import reference
 from ..kernels.policy_loss.reference import RolloutCorrection
 from . import checks
-from .backend import address, choose, empty_as, empty_scalar, extension, result_dtype, row_shape, row_values, threads, tokens
+from .backend import (
+    address,
+    choose,
+    empty_as,
+    empty_scalar,
+    extension,
+    result_dtype,
+    row_shape,
+    row_values,
+    threads,
+    tokens,
+)
 from .distributed import all_reduce_sum
 from .library import Op, present
 from .stats import LossStats
@@ -140,13 +151,12 @@ def policy_loss(
     if kind == "sapo":
         checks.number("tau_pos", tau_pos, low=0, open_low=True)
         checks.number("tau_neg", tau_neg, low=0, open_low=True)
-    if isinstance(rollout_correction, str):
-        rollout_correction = RolloutCorrection(rollout_correction)
-    if rollout_correction is not None:
+    correction = RolloutCorrection(rollout_correction) if isinstance(rollout_correction, str) else rollout_correction
+    if correction is not None:
         if rollout_logprobs is None:
             raise ValueError("rollout_logprobs: needed for rollout_correction, got None")
-        codes[1] = reference.CORRECTIONS.index(rollout_correction.kind)
-        codes[2] = reference.LEVELS.index(rollout_correction.level)
+        codes[1] = reference.CORRECTIONS.index(correction.kind)
+        codes[2] = reference.LEVELS.index(correction.level)
     if kl_coef != 0:
         checks.number("kl_coef", kl_coef)
         if ref_logprobs is None:
@@ -161,11 +171,11 @@ def policy_loss(
         loss, stats = _reference(
             logprobs, old_logprobs, advantages, mask, cu, rollout_logprobs, ref_logprobs, entropy, kind=kind,
             clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, ratio_clamp=ratio_clamp, delta=delta,
-            tau_pos=tau_pos, tau_neg=tau_neg, rollout_correction=rollout_correction, kl_coef=kl_coef, kl=kl,
+            tau_pos=tau_pos, tau_neg=tau_neg, rollout_correction=correction, kl_coef=kl_coef, kl=kl,
             entropy_coef=entropy_coef, reduction=reduction, denominator=denominator,
         )  # fmt: skip
         return PolicyLoss(loss, LossStats(stats, reference.STATS))
-    low, high = (rollout_correction.low, rollout_correction.high) if rollout_correction is not None else (0.0, 0.0)
+    low, high = (correction.low, correction.high) if correction is not None else (0.0, 0.0)
     numbers = [
         float(clip_low), float(clip_high), dual_clip or math.inf, ratio_clamp or math.inf, delta or math.inf, tau_pos,
         tau_neg, low, high, float(kl_coef), float(entropy_coef),
@@ -224,16 +234,16 @@ def _reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     checks.pack(cu, logprobs)
 
-    def row(t: Tensor | None) -> Tensor | None:
+    def row(t: Tensor | None) -> Any:
         return t.unsqueeze(0) if t is not None and t.dim() == 1 and cu is None and logprobs.dim() == 1 else t
 
-    def constant(t: Tensor | None) -> Tensor | None:
+    def constant(t: Tensor | None) -> Any:
         return None if t is None else row(t.detach())
 
     return reference.policy_loss(
         row(logprobs), constant(old_logprobs), constant(advantages), constant(mask), cu_seqlens=cu,
         rollout_logprobs=constant(rollout_logprobs), ref_logprobs=constant(ref_logprobs), entropy=row(entropy), **options,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 def _forward(
@@ -251,7 +261,8 @@ def _forward(
         shape, dtype == torch.float64,
         (tokens(logprobs), tokens(old_logprobs), row_values(advantages) if per_row else tokens(advantages), tokens(mask),
          tokens(rollout_logprobs), tokens(ref_logprobs), tokens(entropy)),
-        (*numbers, denominator if given is None else read_denominator(given)), tuple(codes), address(d_logprobs), address(d_entropy),
+        (*numbers, denominator if given is None else read_denominator(given)), tuple(codes),
+        address(d_logprobs), address(d_entropy),
         loss.data_ptr(), stats.data_ptr(), threads(),
     )  # fmt: skip
     return loss, stats, d_logprobs, d_entropy

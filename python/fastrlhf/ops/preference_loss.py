@@ -156,7 +156,8 @@ def preference_loss(
         return PreferenceLoss(loss, losses, LossStats(values.float(), _STATS))
     baseline = kl_baseline if isinstance(kl_baseline, Tensor) else None
     numbers = [
-        float(beta), float(label_smoothing), float(reward_scale), float(margin), 0.0 if baseline is not None else float(kl_baseline),
+        float(beta), float(label_smoothing), float(reward_scale), float(margin),
+        0.0 if baseline is not None else float(kl_baseline),
         float(desirable_weight), float(undesirable_weight), float(sft_coef),
     ]  # fmt: skip
     loss, losses, stats = _run(
@@ -337,12 +338,21 @@ def _regression_forward(
     loss, stats = empty_scalar(dtype), empty((len(_REGRESSION_STATS),), torch.float32)
     d = empty(predictions.shape, dtype) if grad else None
     extension().regression_loss(
-        p.shape[0], dtype == torch.float64, row_values(p), row_values(t), ignore_value, loss.data_ptr(), address(d), stats.data_ptr()
+        p.shape[0],
+        dtype == torch.float64,
+        row_values(p),
+        row_values(t),
+        ignore_value,
+        loss.data_ptr(),
+        address(d),
+        stats.data_ptr(),
     )
     return loss, stats, d
 
 
-def _regression_fake(predictions: Tensor, targets: Tensor, ignore_value: float, grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _regression_fake(
+    predictions: Tensor, targets: Tensor, ignore_value: float, grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     dtype = torch.float64 if torch.float64 in (predictions.dtype, targets.dtype) else torch.float32
     d = predictions.new_empty(predictions.shape, dtype=dtype) if grad else None
     return predictions.new_empty((), dtype=dtype), predictions.new_empty(len(_REGRESSION_STATS), dtype=torch.float32), d

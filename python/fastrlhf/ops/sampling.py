@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.sampling import reference
 from . import checks
-from .backend import address, choose, empty, extension, matrix, threads, with_rows
+from .backend import FLOATS, address, choose, empty, extension, matrix, threads, with_rows
 from .library import Op
 
 
@@ -89,7 +89,11 @@ def sample(
         checks.same_device("seed", seed, "logits", logits)
         seeds, seed = seed.reshape(-1).contiguous(), 0
     elif seed is None:
-        seed = int(torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu" if generator is None else generator.device))
+        seed = int(
+            torch.randint(
+                2**62, (), generator=generator, dtype=torch.int64, device="cpu" if generator is None else generator.device
+            )
+        )
     elif not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed: expected an integer or an int64 tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
@@ -104,7 +108,7 @@ def sample(
 
 
 def _per_row(name: str, value: Tensor, logits: Tensor, low: float, high: float, open_low: bool) -> Tensor:
-    checks.tensor(name, value, (torch.int32, torch.int64) if name == "top_k" else checks.FLOATS)
+    checks.tensor(name, value, (torch.int32, torch.int64) if name == "top_k" else FLOATS)
     if value.shape != logits.shape[:-1]:
         raise ValueError(f"{name}: expected shape {tuple(logits.shape[:-1])}, one for each row, got {checks.shape_of(value)}")
     checks.same_device(name, value, "logits", logits)
@@ -181,9 +185,7 @@ def _reference(
     for i in range(x.shape[0]):
         if not bool(x[i].max().isfinite()) or bool(x[i].isnan().any()):
             raise ValueError(f"logits: row {i} has no largest finite logit to sample from")
-        temperature, top_k, top_p, min_p = (
-            s if t is None else float(t[i]) for s, t in zip(scalars, per_row, strict=True)
-        )
+        temperature, top_k, top_p, min_p = (s if t is None else float(t[i]) for s, t in zip(scalars, per_row, strict=True))
         token, lp, keep = reference.sample_row(
             x[i], temperature=temperature, top_k=int(top_k), top_p=top_p, min_p=min_p,
             seed=seed if seeds is None else int(seeds[i]), counter=i if seeds is None else 0,
@@ -200,5 +202,3 @@ def _reference(
         torch.tensor(lps, dtype=torch.float32, device=x.device).reshape(lead) if logprobs else None,
         cut,
     )
-
-

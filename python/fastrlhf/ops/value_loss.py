@@ -16,7 +16,6 @@ from .library import Op, present
 from .policy_loss import global_denominator, read_denominator
 from .stats import LossStats
 
-
 _STATS = torch.empty(len(reference.STATS), dtype=torch.float32, device="cpu")
 
 
@@ -101,7 +100,8 @@ def _forward(
     d_values = empty_as(values, dtype) if grad else None
     extension().value_loss(
         row_shape(values, cu_seqlens), dtype == torch.float64, tokens(values), tokens(old_values), tokens(returns),
-        tokens(mask), clip, reduction, denominator if given is None else read_denominator(given), address(d_values), loss.data_ptr(),
+        tokens(mask), clip, reduction, denominator if given is None else read_denominator(given), address(d_values),
+        loss.data_ptr(),
         stats.data_ptr(), threads(),
     )  # fmt: skip
     return loss, stats, d_values

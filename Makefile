@@ -1,0 +1,68 @@
+# Two commands, from nothing but Python, a C++ compiler and make:
+#   make quickstart   builds fastrlhf and runs the short benchmark
+#   make test         builds it and runs the tests
+# Everything lands in .venv and build/. PYTHON chooses the interpreter, TORCH the torch to install.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Without a GPU the plain `torch` pulls gigabytes of CUDA packages; this version has a CPU build that was tried.
+TORCH ?= $(shell [ -e /dev/nvidiactl ] && echo torch || echo torch==2.13.0)
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+SOURCES := $(shell find src kernels python cmake -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cmake') CMakeLists.txt pyproject.toml
+
+.PHONY: quickstart test slow-test peers lint bench wheel gpu-check clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m bench --device cpu --short
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+slow-test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+# What people use today, to test and benchmark against. verl first: it holds transformers back.
+peers: $(VENV)/.peers
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench --device cpu --out bench/results/cpu.json
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p fastrlhf
+
+wheel: $(VENV)/.venv
+	$(PIP) install build
+	$(BIN)/python -m build --wheel --outdir dist .
+
+gpu-check:
+	@echo "no GPU kernels yet: nothing to check"
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.venv
+	$(PIP) install '$(TORCH)' numpy
+	touch $@
+
+# Not editable: what is tested is what a user installs.
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES) $(shell find python kernels -name '*.py')
+	$(PIP) install '.[test,bench]' -Cbuild-dir=build/make
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.installed
+	$(PIP) install verl uvicorn fastapi cachetools pyzmq msgspec
+	$(PIP) install trl
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.installed
+	$(PIP) install '.[lint]' -Cbuild-dir=build/make
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist
