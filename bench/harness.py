@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .floor import once
+
 OURS = "fastrlhf"
 
 
@@ -36,8 +38,9 @@ class Case:
     after: Callable[[], None] = field(default=lambda: None)  # frees the inputs
 
 
-def measure(case: Case, seconds: float, ceilings: dict[str, float], peak: bool = True) -> list[dict[str, Any]]:
-    """One row a variant: median and p20/p80 in seconds, GB/s, share of the floor, ratio to ours, peak, error."""
+def measure(case: Case, seconds: float, peak: bool = True) -> list[dict[str, Any]]:
+    """One row a variant: median and p20/p80 in seconds, GB/s, share of the floor (what the memory allowed in the same rounds),
+    ratio to ours, peak, error."""
     broken = {}
     for name, variant in case.variants.items():
         try:
@@ -46,8 +49,11 @@ def measure(case: Case, seconds: float, ceilings: dict[str, float], peak: bool =
             broken[name] = f"{type(error).__name__}: {error}"[:200]
     running = {n: v for n, v in case.variants.items() if n not in broken}
     times: dict[str, list[float]] = {n: [] for n in running}
+    ceiling: list[float] = []
     deadline = time.perf_counter() + seconds * len(running)
     while time.perf_counter() < deadline or min(map(len, times.values())) < 3:
+        if case.floor_bytes:
+            ceiling.append(once(case.writes))
         for name, variant in running.items():
             if times[name] and sum(times[name]) > 3 * seconds and len(times[name]) >= 3:
                 continue  # far slower than the rest: three samples will do
@@ -58,7 +64,6 @@ def measure(case: Case, seconds: float, ceilings: dict[str, float], peak: bool =
             times[name].append((time.perf_counter() - start) / calls)
     exact = case.oracle() if case.oracle else None
     ours = statistics.median(times[OURS]) if OURS in times else float("nan")
-    ceiling = ceilings["copy" if case.writes else "read"]
     rows = []
     for name, variant in case.variants.items():
         row: dict[str, Any] = {"op": case.op, "case": case.name, "variant": name}
@@ -76,7 +81,8 @@ def measure(case: Case, seconds: float, ceilings: dict[str, float], peak: bool =
         }
         if case.floor_bytes:
             row["GB_per_s"] = case.floor_bytes / median / 1e9
-            row["of_floor"] = case.floor_bytes / ceiling / median
+            row["of_floor"] = case.floor_bytes / statistics.median(ceiling) / median
+            row["ceiling_GB_per_s"] = statistics.median(ceiling) / 1e9
         if peak:
             row["peak_extra_bytes"] = peak_extra_bytes(variant.run)
         if exact is not None and variant.value is not None:

@@ -44,7 +44,8 @@ struct RowStats {
   // The sums relative to another reference point.
   void move(double to, double scale) {
     if (sum != 0 && to != reference) {
-      const double shift = (reference - to) * scale, factor = std::exp(shift);
+      const double shift = (reference - to) * scale;
+      const double factor = std::abs(shift) < 1e-4 ? 1 + shift * (1 + shift * 0.5) : std::exp(shift);
       weighted = factor == 0 ? 0 : (weighted + sum * shift) * factor;
       sum *= factor;
     }

@@ -83,7 +83,8 @@ void kl_full_forward_as(const KlFullArgs& a) {
   Scratch<Pair<T>> pairs(workers, Uninitialized{});
   const double scale = 1 / a.temperature;
   parallel_for(a.rows, workers, [&](int64_t row, int worker) {
-    T* stats = static_cast<T*>(a.stats) + 4 * row;
+    T unwanted[4];
+    T* stats = a.stats ? static_cast<T*>(a.stats) + 4 * row : unwanted;
     T& out = static_cast<T*>(a.out)[row];
     if (a.mask && !a.mask[row]) {
       out = stats[0] = stats[1] = stats[2] = stats[3] = 0;

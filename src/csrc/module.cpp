@@ -2,6 +2,7 @@
 
 #include "bind.h"
 #include "isa.h"
+#include "scratch.h"
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace fastrlhf;
@@ -22,6 +23,8 @@ PYBIND11_MODULE(_cpu, m) {
     }
     throw std::invalid_argument("isa: '" + name + "' is not one of scalar, avx2, avx512, avx512_bf16");
   }, py::arg("name"));
+  m.def("prefer_huge_pages", [](uintptr_t p, int64_t bytes) { prefer_huge_pages(pointer(p), bytes); },
+        "Asks for huge pages under a large new tensor.");
   bind_logprobs(m);
   bind_rollout(m);
   bind_losses(m);

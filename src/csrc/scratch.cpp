@@ -1,5 +1,7 @@
 #include "scratch.h"
 
+#include <sys/mman.h>
+
 #include <cstring>
 
 namespace fastrlhf {
@@ -13,5 +15,12 @@ void* scratch_allocate(int64_t bytes, bool zeroed) {
 }
 
 void scratch_free(void* p) noexcept { std::free(p); }
+
+void prefer_huge_pages(void* p, int64_t bytes) noexcept {
+  constexpr uintptr_t page = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
 
 }  // namespace fastrlhf

@@ -109,7 +109,7 @@ def test_registrations(name):
     arguments = {
         "logprobs": (grad["logits"], t["labels"], None, None, None, None, 1.0, 0.0, -100, 0, V, True, True, True, False),
         "kl": (grad["lp"], grad["ref"], 3, 20.0, 10.0, False),
-        "kl_full": (grad["logits"], grad["ref_logits"], t["mask"], 0, 1.0),
+        "kl_full": (grad["logits"], grad["ref_logits"], t["mask"], 0, 1.0, True),
         "policy_loss": (grad["lp"], t["old"].detach(), t["rewards"].detach(), t["mask"], None, None, None, None, None,
                         [0.2, 0.2, 3.0, 20.0, 9.0, 1.0, 1.05, 0.0, 0.0, 0.0, 0.0], 7.0, [0, 0, 0, 3, 0], True, False),
         "value_loss": (grad["values"], t["old"].detach(), t["rewards"].detach(), t["mask"], None, None, 0.2, 0, 5.0, True),

@@ -87,7 +87,7 @@ CASES = [
     (f.policy_loss, (x23, x23, x23, m23), {"denominator": torch.ones(2)}, ValueError, "denominator: expected one number"),
     (f.value_loss, (x23, None, x23, m23), {}, ValueError, "old_values: needed for clip=0.2"),
     (f.value_loss, (x23, x23, x23, m23), {"clip": 0.0}, ValueError, "clip"),
-    (f.preference_loss, (six, six[:3], six, six), {"kind": "dpo"}, ValueError, "rejected: expected shape (6,)"),
+    (f.preference_loss, (six, six[:3], six, six), {"kind": "dpo"}, ValueError, "rejected: expected the shape of chosen, (6), got (3)"),
     (f.preference_loss, (six, six, None, None), {"kind": "dpo"}, ValueError, "ref_chosen: kind 'dpo' needs"),
     (f.preference_loss, (six, six, six, six), {"kind": "simpo"}, ValueError, "has no reference"),
     (f.preference_loss, (six, six, six, six), {"kind": "rpo_sq"}, ValueError, "chosen_rewards"),

@@ -79,14 +79,20 @@ def result_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory for the extension to write: always on the CPU and of this dtype, whatever torch's defaults are."""
-    return torch.empty(shape, dtype=dtype, device=_CPU)
+    return _huge(torch.empty(shape, dtype=dtype, device=_CPU))
+
+
+def _huge(t: Tensor) -> Tensor:
+    if t.numel() > 2**20:
+        _cpu.prefer_huge_pages(t.data_ptr(), t.nbytes)
+    return t
 
 
 def empty_as(like: Tensor, dtype: torch.dtype) -> Tensor:
     """The same, of a tensor's shape; the quickest way there is where the tensor is one like it."""
     if like.dtype is dtype and like.is_contiguous():
-        return torch.empty_like(like)
-    return torch.empty(like.shape, dtype=dtype, device=_CPU)
+        return _huge(torch.empty_like(like))
+    return empty(like.shape, dtype)
 
 
 def empty_scalar(dtype: torch.dtype) -> Tensor:

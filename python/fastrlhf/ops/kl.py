@@ -153,19 +153,20 @@ def kl_full(
     if choose("kl_full", logits, backend) == "reference":
         return reference.kl_full(logits, ref_logits, direction=direction, temperature=temperature, mask=mask)
     kept = None if mask is None else (mask != 0).contiguous()
-    out: Tensor = _kl_full(logits, ref_logits, kept, code, float(temperature))[0]
+    save = torch.is_grad_enabled() and (logits.requires_grad or ref_logits.requires_grad)
+    out: Tensor = _kl_full(logits, ref_logits, kept, code, float(temperature), save)[0]
     return out
 
 
 def _kl_full_forward(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, direction: int, temperature: float
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, direction: int, temperature: float, save: bool
+) -> tuple[Tensor, Tensor | None]:
     x, y, vocab = with_rows(logits), with_rows(ref_logits), logits.shape[-1]
     rows, dtype = logits.numel() // vocab, result_dtype(logits)
     out = empty(logits.shape[:-1], dtype)
-    stats = empty((*logits.shape[:-1], 4), dtype)
+    stats = empty((*logits.shape[:-1], 4), dtype) if save else None
     extension().kl_full_forward(
-        matrix(x), matrix(y), rows, vocab, direction, temperature, address(mask), out.data_ptr(), stats.data_ptr(), threads()
+        matrix(x), matrix(y), rows, vocab, direction, temperature, address(mask), out.data_ptr(), address(stats), threads()
     )
     return out, stats
 
@@ -187,9 +188,10 @@ def _kl_full_grad(
     return None if dx is None else dx.view(logits.shape), None if dy is None else dy.view(logits.shape)
 
 
-def _fake_kl_full(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_kl_full(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty(logits.shape[:-1], dtype=dtype), logits.new_empty((*logits.shape[:-1], 4), dtype=dtype)
+    stats = logits.new_empty((*logits.shape[:-1], 4), dtype=dtype) if rest[-1] else None
+    return logits.new_empty(logits.shape[:-1], dtype=dtype), stats
 
 
 _kl_full_backward = Op(
@@ -206,18 +208,18 @@ _kl_full_backward = Op(
 
 def _setup_kl_full(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:3], *output)
-    ctx.options = inputs[3:]
+    ctx.options = inputs[3:5]
 
 
 def _backward_kl_full(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     wanted = ctx.needs_input_grad[:2]
     grads = _kl_full_backward(*ctx.saved_tensors, grad, *ctx.options, *wanted)
-    return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None
+    return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None, None
 
 
 _kl_full = Op(
     "kl_full",
-    "(Tensor logits, Tensor ref_logits, Tensor? mask, int direction, float temperature) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor ref_logits, Tensor? mask, int direction, float temperature, bool save) -> (Tensor, Tensor)",
     _kl_full_forward,
     _fake_kl_full,
     _setup_kl_full,

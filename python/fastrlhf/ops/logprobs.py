@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.logprobs import reference
 from . import checks
-from .backend import address, choose, disjoint_rows, empty, extension, matrix, result_dtype, threads, with_rows
+from .backend import DTYPES, address, choose, disjoint_rows, empty, extension, matrix, result_dtype, threads, with_rows
 from .distributed import all_gather, size_and_rank
 from .library import Op, present
 
@@ -122,7 +122,8 @@ def logprobs(
     if inplace_backward and not disjoint_rows(logits):
         raise ValueError(f"inplace_backward: rows of logits share memory (strides {logits.stride()})")
     shared = (
-        logits, labels.contiguous(), temperatures, mask, indptr, indices, float(temperature), softcap or 0.0,
+        logits, labels if labels.is_contiguous() else labels.contiguous(), temperatures,
+        mask, indptr, indices, float(temperature), softcap or 0.0,
         ignore_index, start, total,
     )  # fmt: skip
     if parallel:
@@ -163,10 +164,12 @@ def _vocab_parallel(given: Any, columns: int) -> VocabParallel:
 
 def _label_arguments(labels: Tensor, rows: int, start: int, total: int, ignore_index: int) -> tuple[int, ...]:
     per_row = labels.numel() // rows if rows else 1
-    return (labels.data_ptr(), 4 if labels.dtype == torch.int32 else 5, per_row, start, total, ignore_index)
+    return (labels.data_ptr(), DTYPES[labels.dtype], per_row, start, total, ignore_index)
 
 
 def _kept_arguments(mask: Tensor | None, indptr: Tensor | None, indices: Tensor | None, total: int) -> tuple[int, ...]:
+    if mask is None and indptr is None:
+        return (0, 0, 0, 0, total)
     return (address(mask), address(indptr), address(indices), 0 if indices is None else indices.shape[0], total)
 
 
@@ -179,10 +182,10 @@ def _forward(
     rows = logits.numel() // vocab
     dtype = result_dtype(logits)
     out = empty(labels.shape, dtype)
-    lead = logits.shape[:-1]
-    H = empty(lead, dtype) if entropy else None
-    z = empty(lead, dtype) if lse else None
-    m, log_sum = (empty(lead, dtype), empty(lead, dtype)) if save else (None, None)
+    like = out if out.dim() < logits.dim() else empty(logits.shape[:-1], dtype)
+    H = torch.empty_like(like) if entropy else None
+    z = torch.empty_like(like) if lse else None
+    m, log_sum = (torch.empty_like(like), torch.empty_like(like)) if save else (None, None)
     extension().logprobs_forward(
         matrix(x), rows, vocab, _label_arguments(labels, rows, vocab_start, vocab_total, ignore_index),
         (temperature, address(temperatures), softcap), _kept_arguments(kept_mask, kept_indptr, kept_indices, vocab_total),

@@ -102,14 +102,15 @@ def preference_loss(
     if chosen.dim() != 1:
         raise ValueError(f"chosen: expected shape (B,), got {checks.shape_of(chosen)}")
     pairs = chosen.shape[0]
-    optional = {
-        "ref_chosen": ref_chosen, "ref_rejected": ref_rejected, "chosen_rewards": chosen_rewards,
-        "rejected_rewards": rejected_rewards,
-    }  # fmt: skip
-    checks.rows("rejected", rejected, pairs, "pair", chosen)
-    for name, t in optional.items():
-        if t is not None:
-            checks.rows(name, t, pairs, "pair", chosen)
+    checks.like("rejected", rejected, "chosen", chosen)
+    if ref_chosen is not None:
+        checks.like("ref_chosen", ref_chosen, "chosen", chosen)
+    if ref_rejected is not None:
+        checks.like("ref_rejected", ref_rejected, "chosen", chosen)
+    if chosen_rewards is not None:
+        checks.like("chosen_rewards", chosen_rewards, "chosen", chosen)
+    if rejected_rewards is not None:
+        checks.like("rejected_rewards", rejected_rewards, "chosen", chosen)
     if chosen_lengths is not None:
         checks.rows("chosen_lengths", chosen_lengths, pairs, "pair", chosen, checks.MASKS)
     if kind == "cdpo" and not label_smoothing:
@@ -117,9 +118,10 @@ def preference_loss(
     kind = _NAMES.get(kind, kind)
     code = checks.one_of("kind", kind, reference.KINDS)
     checks.number("beta", beta, low=0, open_low=True)
-    checks.number("label_smoothing", label_smoothing, low=0, high=0.5)
-    if label_smoothing == 0.5:
-        raise ValueError("label_smoothing: expected in [0, 0.5), got 0.5")
+    if label_smoothing != 0:
+        checks.number("label_smoothing", label_smoothing, low=0, high=0.5)
+        if label_smoothing == 0.5:
+            raise ValueError("label_smoothing: expected in [0, 0.5), got 0.5")
     options = (reward_scale, margin, desirable_weight, undesirable_weight, sft_coef)
     if options != (1.0, 0.0, 1.0, 1.0, 0.0):
         for name, value in zip(_OPTIONS, options, strict=True):
@@ -134,11 +136,13 @@ def preference_loss(
         raise ValueError(f"chosen_rewards, rejected_rewards: kind '{kind}' needs both")
     if isinstance(kl_baseline, Tensor):
         kl_baseline = kl_baseline.detach()
-    else:
+    elif kl_baseline != 0:
         checks.number("kl_baseline", kl_baseline, low=0)
 
     if choose("preference_loss", chosen, backend) == "reference":
-        constants = {name: None if t is None else t.detach() for name, t in optional.items()}
+        names = ("ref_chosen", "ref_rejected", "chosen_rewards", "rejected_rewards")
+        optional = (ref_chosen, ref_rejected, chosen_rewards, rejected_rewards)
+        constants = {name: None if t is None else t.detach() for name, t in zip(names, optional, strict=True)}
         losses = reference.preference_losses(
             chosen, rejected, kind=kind, beta=beta, label_smoothing=label_smoothing, reward_scale=reward_scale,
             margin=margin, kl_baseline=kl_baseline, desirable_weight=desirable_weight,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,11 @@ from ..kernels.sampling import reference
 from . import checks
 from .backend import FLOATS, address, choose, empty, extension, matrix, threads, with_rows
 from .library import Op
+
+_RANGES = (  # name, least, most, whether the least is excluded
+    ("temperature", 0.0, math.inf, False), ("top_k", 0.0, math.inf, False),
+    ("top_p", 0.0, 1.0, True), ("min_p", 0.0, 1.0, False),
+)  # fmt: skip
 
 
 class Sample(NamedTuple):
@@ -64,23 +70,20 @@ def sample(
         raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {checks.shape_of(logits)}")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"logits: expected last stride 1, got {logits.stride(-1)}; call .contiguous()")
-    rows: list[Tensor | None] = []
-    scalars: list[float] = []
-    for name, value, low, high, open_low in (
-        ("temperature", temperature, 0.0, float("inf"), False), ("top_k", top_k, 0.0, float("inf"), False),
-        ("top_p", top_p, 0.0, 1.0, True), ("min_p", min_p, 0.0, 1.0, False),
-    ):  # fmt: skip
+    rows: list[Tensor | None] = [None] * 4
+    scalars = [1.0, 0.0, 1.0, 0.0]
+    given = (temperature, top_k, top_p, min_p)
+    for i, (name, low, high, open_low) in enumerate(_RANGES):
+        value = given[i]
         if isinstance(value, Tensor):
-            rows.append(_per_row(name, value, logits, low, high, open_low))
-            scalars.append(0.0)
-        else:
+            rows[i] = _per_row(name, value, logits, low, high, open_low)
+        elif value != scalars[i]:
+            checks.number(name, value, low=low, high=high, open_low=open_low)
             if name == "temperature" and value != 0:
                 checks.temperature(value)
-            checks.number(name, value, low=low, high=high, open_low=open_low)
             if name == "top_k" and not isinstance(value, int):
                 raise TypeError(f"top_k: expected an integer, got {type(value).__name__}")
-            rows.append(None)
-            scalars.append(float(value))
+            scalars[i] = float(value)
     seeds = None
     if isinstance(seed, Tensor):
         checks.tensor("seed", seed, (torch.int64,))
