@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 SOURCES := $(shell find src kernels python cmake -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cmake') CMakeLists.txt pyproject.toml
 
-.PHONY: quickstart test slow-test peers lint bench wheel gpu-check clean
+.PHONY: quickstart test slow-test peers lint bench wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m bench --device cpu --short
@@ -37,9 +37,6 @@ lint: $(VENV)/.lint
 wheel: $(VENV)/.venv
 	$(PIP) install build
 	$(BIN)/python -m build --wheel --outdir dist .
-
-gpu-check:
-	@echo "no GPU kernels yet: nothing to check"
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)

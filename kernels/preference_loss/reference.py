@@ -37,7 +37,7 @@ def preference_losses(
     rejected_rewards: Tensor | None = None,
     reward_scale: float = 1.0,
     margin: float = 0.0,
-    kl_baseline: float = 0.0,
+    kl_baseline: float | Tensor = 0.0,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:

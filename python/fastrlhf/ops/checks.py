@@ -41,10 +41,12 @@ def same_device(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
 
 def rows(name: str, t: Any, count: int, what: str, like_: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """A (B) tensor."""
-    tensor(name, t, dtypes)
-    if t.dim() != 1 or t.shape[0] != count:
+    if not isinstance(t, Tensor) or t.dtype not in dtypes:
+        tensor(name, t, dtypes)
+    if t.shape != (count,):
         raise ValueError(f"{name}: expected shape ({count},), one value for each {what}, got {shape_of(t)}")
-    same_device(name, t, what, like_)
+    if not (t.is_cpu and like_.is_cpu):
+        same_device(name, t, what, like_)
 
 
 def number(name: str, x: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:

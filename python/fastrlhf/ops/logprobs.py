@@ -96,7 +96,8 @@ def logprobs(
             f"labels: expected shape {tuple(lead)} or {tuple(lead)} + (K,) for logits {checks.shape_of(logits)}, "
             f"got {checks.shape_of(labels)}"
         )
-    checks.same_device("labels", labels, "logits", logits)
+    if not (labels.is_cpu and logits.is_cpu):
+        checks.same_device("labels", labels, "logits", logits)
     temperatures = None
     if isinstance(temperature, Tensor):
         checks.tensor("temperature", temperature)
@@ -106,7 +107,8 @@ def logprobs(
         temperatures, temperature = temperature.detach().double().reshape(-1).contiguous(), 1.0
     elif temperature != 1.0:
         checks.temperature(temperature)
-    checks.positive_or_none("softcap", softcap)
+    if softcap is not None:
+        checks.positive_or_none("softcap", softcap)
     parallel = None if vocab_parallel is None else _vocab_parallel(vocab_parallel, logits.shape[-1])
     if kept is not None:
         _check_kept(kept, logits)
@@ -254,7 +256,8 @@ def _backward(ctx: Any, g_logprobs: Tensor | None, g_entropy: Tensor | None, g_l
         g_entropy = None
     arguments: tuple[Any, ...] = (*tensors, *ctx.options, m, log_sum, H, g_logprobs, g_entropy, g_lse)
     if ctx.inplace and not torch.compiler.is_compiling() and type(tensors[0]) is Tensor:
-        grad = _backward_implementation(*arguments, True)
+        arguments = (*arguments, True)
+        grad = _backward_implementation(*arguments)
     else:
         grad = _logprobs_backward(*arguments)
     return grad, *[None] * 14
