@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "policy_loss/cpu.h"
+#include "common/reduction_kind.h"
 
 namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/reduction_kind.h"
 #include "csrc/isa.h"
 #include "csrc/tensor.h"
 
@@ -8,7 +9,6 @@ namespace fastrlhf {
 enum class PolicyKind : int { ppo = 0, reinforce = 1, cispo = 2, sapo = 3, gspo = 4, gmpo = 5 };
 enum class Correction : int { none = 0, tis = 1, mis = 2, icepop = 3 };
 enum class CorrectionLevel : int { token = 0, sequence = 1, geometric = 2 };
-enum class Reduction : int { token_mean = 0, token_sum = 1, seq_mean_token_mean = 2, seq_mean_token_sum = 3, seq_mean_token_sum_norm = 4 };
 
 // result: the loss, then these (kernels/policy_loss/reference.py names them in the same order)
 constexpr int policy_stats = 15;

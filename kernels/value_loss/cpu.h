@@ -1,8 +1,8 @@
 #pragma once
 
+#include "common/reduction_kind.h"
 #include "csrc/isa.h"
 #include "csrc/tensor.h"
-#include "policy_loss/cpu.h"
 
 namespace fastrlhf {
 

@@ -8,15 +8,10 @@ from .kl import AdaptiveKL, FixedKL, kl, kl_full
 from .logprobs import Logprobs, VocabParallel, logprobs
 from .masked_stats import masked_mean, masked_var, whiten
 from .policy_loss import PolicyLoss, policy_loss
-from .preference_loss import (
-    PreferenceLoss,
-    RegressionLoss,
-    preference_loss,
-    regression_loss,
-    reward_loss,
-    sequence_logprobs,
-)
+from .preference_loss import PreferenceLoss, preference_loss, reward_loss
+from .regression_loss import RegressionLoss, regression_loss
 from .sampling import Sample, sample
+from .sequence_logprobs import sequence_logprobs
 from .stats import LossStats
 from .value_loss import ValueLoss, value_loss
 

@@ -134,8 +134,8 @@ def logprobs(
         save = torch.is_grad_enabled() and logits.requires_grad
         out = _logprobs(*shared, entropy, lse, save, inplace_backward)
     if logits.numel() == 0:  # no rows: an absent result and an empty one look alike
-        empty = logits.sum(-1, dtype=result_dtype(logits))
-        return Logprobs(out[0].reshape(labels.shape), empty if entropy else None, empty if lse else None)
+        nothing = logits.sum(-1, dtype=result_dtype(logits))
+        return Logprobs(out[0].reshape(labels.shape), nothing if entropy else None, nothing if lse else None)
     return Logprobs(out[0], out[1] if entropy else None, out[2] if lse else None)
 
 

@@ -1,0 +1,104 @@
+"""The regression loss of attribute and scalar reward models."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.preference_loss import reference
+from . import checks
+from .backend import address, choose, empty, empty_scalar, extension, flat, result_dtype, row_values
+from .library import Op, present
+from .stats import LossStats
+
+_REGRESSION_STATS = ("mse", "mae", "count")
+
+
+class RegressionLoss(NamedTuple):
+    """`loss` 0-dim, differentiable; `stats` a `LossStats`."""
+
+    loss: Tensor
+    stats: LossStats
+
+
+def regression_loss(
+    predictions: Tensor, targets: Tensor, *, ignore_value: float = -100.0, backend: str | None = None
+) -> RegressionLoss:
+    """Mean squared error over the targets that are given: Σ (p - t)² / n over t != ignore_value, 0 where n is 0.
+
+    Args:
+        predictions: any shape, floating, e.g. (B, attributes); the gradient flows to it.
+        targets: the same shape; `ignore_value` where there is none.
+        backend: "cpu" or "reference"; None chooses.
+
+    Returns:
+        `RegressionLoss(loss, stats)`; stats: mse, mae, count.
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device that do not fit.
+
+    Source: attribute-conditioned reward models, Dong et al. 2023 (SteerLM).
+    """
+    checks.tensor("predictions", predictions)
+    checks.like("targets", targets, "predictions", predictions)
+    checks.number("ignore_value", ignore_value)
+    if choose("regression_loss", predictions, backend) == "reference":
+        loss = reference.regression_loss(predictions, targets.detach(), ignore_value=ignore_value)
+        counted = targets != ignore_value
+        error = torch.where(counted, predictions.detach().float() - targets.float(), torch.zeros((), device=targets.device))
+        n = counted.sum()
+        values = torch.stack([loss.detach().float(), error.abs().sum() / n.clamp(min=1), n.float()])
+        return RegressionLoss(loss, LossStats(values, _REGRESSION_STATS))
+    grad = torch.is_grad_enabled() and predictions.requires_grad
+    loss, stats, _ = _regression_loss(predictions, targets, float(ignore_value), grad)
+    return RegressionLoss(loss, LossStats(stats.detach(), _REGRESSION_STATS))
+
+
+def _regression_forward(
+    predictions: Tensor, targets: Tensor, ignore_value: float, grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    dtype = result_dtype(predictions, targets)
+    p, t = flat(predictions).contiguous(), flat(targets).contiguous()
+    loss, stats = empty_scalar(dtype), empty((len(_REGRESSION_STATS),), torch.float32)
+    d = empty(predictions.shape, dtype) if grad else None
+    extension().regression_loss(
+        p.shape[0],
+        dtype == torch.float64,
+        row_values(p),
+        row_values(t),
+        ignore_value,
+        loss.data_ptr(),
+        address(d),
+        stats.data_ptr(),
+    )
+    return loss, stats, d
+
+
+def _regression_fake(
+    predictions: Tensor, targets: Tensor, ignore_value: float, grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    dtype = torch.float64 if torch.float64 in (predictions.dtype, targets.dtype) else torch.float32
+    d = predictions.new_empty(predictions.shape, dtype=dtype) if grad else None
+    return predictions.new_empty((), dtype=dtype), predictions.new_empty(len(_REGRESSION_STATS), dtype=torch.float32), d
+
+
+def _regression_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    ctx.save_for_backward(present(output[2]))
+    ctx.dtype, ctx.shape = inputs[0].dtype, inputs[0].shape
+
+
+def _regression_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    (d,) = ctx.saved_tensors
+    return grad.new_zeros(ctx.shape, dtype=ctx.dtype) if d is None else (d * grad).to(ctx.dtype), None, None, None
+
+
+_regression_loss = Op(
+    "regression_loss",
+    "(Tensor predictions, Tensor targets, float ignore_value, bool grad) -> (Tensor, Tensor, Tensor)",
+    _regression_forward,
+    _regression_fake,
+    _regression_setup,
+    _regression_backward,
+)
