@@ -29,4 +29,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_rollout(m);
   bind_losses(m);
   bind_sampling(m);
+  bind_generation(m);
 }
