@@ -85,6 +85,8 @@ def _write(path: Path, build: Callable[[BinaryIO], None]) -> None:
         with _Out(io.FileIO(descriptor, "wb")) as out:
             build(out)
             out.flush()
+            with _writing():
+                os.fsync(descriptor)  # a rename may reach the disk before what was written
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):

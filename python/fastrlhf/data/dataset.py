@@ -111,22 +111,22 @@ class ExampleStream(Generic[Example]):
         """
         state = self.state_dict()
         examples: list[Example] = []
-        rows, since = len(self.dataset), 0
+        enough, fruitless = 2 * len(self.dataset), 0  # that many rows hold a whole epoch wherever they begin
         try:
             while len(examples) < n:
                 example = self.dataset.take(self._stream.indices(1)[0])
-                since += self._stream.world
                 if isinstance(example, Skipped):
+                    fruitless += 1
                     self.skipped += example is Skipped.OVERLONG
                     self.invalid += example is Skipped.INVALID
-                    if since >= rows + self._stream.world:
+                    if fruitless >= enough:
                         raise DataError(
-                            f"{self.dataset.rows.name}: {rows} rows in a row gave no example: {self.skipped} longer than "
-                            f"max_tokens {self.dataset.max_tokens}, {self.invalid} invalid"
+                            f"{self.dataset.rows.name}: no example in a whole epoch of {len(self.dataset)} rows: so far "
+                            f"{self.skipped} longer than max_tokens {self.dataset.max_tokens}, {self.invalid} invalid"
                         )
                 else:
                     examples.append(example)
-                    since = 0
+                    fruitless = 0
         except BaseException:
             self.load_state_dict(state)
             raise

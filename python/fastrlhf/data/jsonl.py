@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import weakref
 import zlib
 from pathlib import Path
 from typing import BinaryIO
@@ -33,6 +34,7 @@ class JsonLines(Rows):
             raise DataError(f"{path}: the file has no rows")
         self._index = np.memmap(index, dtype=np.int64, mode="r").reshape(-1, 2)
         self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115  # held for the life of the rows
+        weakref.finalize(self, self._file.close)
         self._size = os.fstat(self._file.fileno()).st_size
 
     def __len__(self) -> int:
@@ -50,7 +52,7 @@ class JsonLines(Rows):
 
 def _parse(data: bytes, where: str) -> dict[str, object]:
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8").rstrip()
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8: byte 0x{data[error.start]:02x} at byte {error.start + 1} of the line") from None
     try:

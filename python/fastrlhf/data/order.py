@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,13 +27,14 @@ class Order:
 
     The permutation is a Feistel network on the fewest bits that hold length - 1; an index that falls outside
     [0, length) is put through again until it falls inside (cycle walking, Black and Rogaway 2002; under two
-    passes on average). ValueError for a length < 1, IndexError for a position < 0.
+    passes on average). ValueError for a length < 1, TypeError where length or seed is no integer,
+    IndexError for a position < 0.
     """
 
     def __init__(self, length: int, seed: int, shuffle: bool = True) -> None:
+        self.length, self.seed, self.shuffle = operator.index(length), operator.index(seed), bool(shuffle)
         if length < 1:
             raise ValueError(f"length: expected at least 1, got {length}")
-        self.length, self.seed, self.shuffle = length, seed, shuffle
         bits = max(2, (length - 1).bit_length())
         self._low_bits = bits // 2
         self._low, self._high = (1 << self._low_bits) - 1, (1 << (bits - self._low_bits)) - 1

@@ -51,7 +51,7 @@ class PromptReader:
         if self.template:
             return self.template.fill(row)
         if row.has(self.prompt_field):
-            if isinstance(row[self.prompt_field], str):
+            if not isinstance(row[self.prompt_field], (list, tuple)):
                 return row.text(self.prompt_field)
             what = f"field {self.prompt_field!r}"
             return self._asked(row, forms.messages(row, row[self.prompt_field], what), what)
@@ -62,8 +62,7 @@ class PromptReader:
             return row.text("input")
         if forms.is_hh(row):
             return forms.hh_turn(row, "chosen")[0]
-        row.field(self.prompt_field)
-        raise AssertionError("unreachable: the row has the field")
+        return row.text(self.prompt_field)
 
     def tokens(self, row: Row, text: str) -> list[int]:
         if not text.strip():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,10 +70,13 @@ def _open(source: str | Path, split: str) -> Rows:
         return _open_file(source)
     if any((source / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
         return open_saved(source, split)
-    files = sorted(f for f in source.iterdir() if f.name.startswith((f"{split}.", f"{split}-")) and _suffix(f))
+    named = re.compile(re.escape(split) + r"(-\d+(-of-\d+)?)?\.")
+    files = sorted(f for f in source.iterdir() if named.match(f.name) and _suffix(f))
     if not files:
         names = sorted(f.name for f in source.iterdir())[:10]
-        raise DataError(f"{source}: no file of split {split!r} ({split}.jsonl, {split}-*.parquet, ...); it holds {names}")
+        raise DataError(
+            f"{source}: no file of split {split!r} ({split}.jsonl, {split}-00000-of-00002.parquet, ...); it holds {names}"
+        )
     parts = [_open_file(f) for f in files]
     return parts[0] if len(parts) == 1 else Joined(parts)
 
