@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -35,16 +36,21 @@ def write(tmp_path: Path) -> Callable[[str, Iterable[Any]], Path]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    """Trained on a few words, with ChatML."""
+def trained() -> Any:
     pytest.importorskip("transformers")
     return train_tokenizer(TEXTS, 320)
 
 
 @pytest.fixture
-def plain_tokenizer(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def tokenizer(trained: Any) -> Any:
+    """Trained on a few words, with ChatML; a test may change it."""
+    return copy.deepcopy(trained)
+
+
+@pytest.fixture
+def plain_tokenizer(tokenizer: Any) -> Any:
     """The same without a chat template."""
-    monkeypatch.setattr(tokenizer, "chat_template", None)
+    tokenizer.chat_template = None
     return tokenizer
 
 

@@ -11,6 +11,8 @@ from .rows import DataError, Row, Rows, UnusableRow
 from .template import Message
 from .tokenizer import Tokenizer, encode, encode_answer
 
+MARK = "\ue000answer\ue001"
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -125,20 +127,11 @@ class ConversationDataset(Dataset[Conversation]):
     def _masked_prompt(self, row: Row, messages: list[Message], text: str) -> tuple[list[int], list[bool]]:
         """The tokens of the text before the last answer, and which belong to an earlier answer.
 
-        Where an answer stands is found by writing the messages up to it; which tokens it has, by their place in the
-        text, as a token may hold the last characters of one turn and the first of the next.
+        Which tokens an answer has is told by their place in the text: a token may hold the last characters of one turn
+        and the first of the next.
         """
-        spans = []
-        for i, message in enumerate(messages[:-1]):
-            if message["role"] != "assistant" or i == 0:
-                continue
-            before, answer = forms.pieces(messages[: i + 1], self.tokenizer, row)
-            if not text.startswith(before + answer):
-                raise DataError(
-                    f"{row.where}: the chat template writes message {i + 1} otherwise when others follow: where its "
-                    "answer stands cannot be told, keep one answer a row"
-                )
-            spans.append((len(before), len(before) + len(answer)))
+        earlier = [i for i, message in enumerate(messages[:-1]) if message["role"] == "assistant" and i]
+        spans = [self._span(row, messages, i, text) for i in earlier]
         if not spans:
             tokens = encode(self.tokenizer, text)
             return tokens, [False] * len(tokens)
@@ -154,6 +147,25 @@ class ConversationDataset(Dataset[Conversation]):
             for t in inside:
                 mask[t] = not ends or t <= ends[-1]
         return tokens, mask
+
+    def _span(self, row: Row, messages: list[Message], i: int, text: str) -> tuple[int, int]:
+        """Where in the text message i stands, with what the template closes it with."""
+        before = forms.chat_text(row, messages[:i], self.tokenizer, True)
+        whole = forms.chat_text(row, messages[: i + 1], self.tokenizer, False)
+        if whole.startswith(before) and text.startswith(whole):
+            return len(before), len(whole)
+        # A template may write the last answer otherwise than an earlier one (Qwen3 does): look for a mark in its place.
+        content = messages[i]["content"]
+        marked = [*messages[:i], {**messages[i], "content": MARK}, *messages[i + 1 : -1]]
+        head, found, tail = forms.chat_text(row, marked, self.tokenizer, True).partition(MARK)
+        for said in (content, content.strip()):
+            if found and text == head + said + tail:
+                end = len(head) + len(said)
+                closing = next((s for s in self.tokenizer.all_special_tokens if text.startswith(s, end)), "")
+                return len(head), end + len(closing)
+        raise DataError(
+            f"{row.where}: where message {i + 1} stands in the chat template's text cannot be told: one answer a row"
+        )
 
 
 class ConversationStream(ExampleStream[Conversation]):

@@ -25,6 +25,7 @@ class Tokenizer(Protocol):
     eos_token: Any
     eos_token_id: Any
     bos_token_id: Any
+    all_special_tokens: Any
 
     def __call__(self, text: str, **options: Any) -> Any: ...
     def encode(self, text: str, **options: Any) -> Any: ...
