@@ -167,7 +167,7 @@ def _pairs(words: Sequence[str]) -> Iterable[tuple[str, str | None]]:
 def _override(root: type[Any], tree: dict[str, Any], name: str, text: str | None, given: set[str]) -> None:
     """Puts one override into the tree, making the sections on its way."""
     parts = name.replace("-", "_").split(".")
-    cls, node, defaults = root, tree, {}  # type: ignore[var-annotated]
+    cls, node, defaults = root, tree, {}
     i = 0
     while True:
         key = {k.name: k for k in keys(cls)}.get(parts[i])
