@@ -99,7 +99,7 @@ class LiveConsole(Console):
         self._rich = rich.Console(file=self._stream)
         bars = extra("rich.progress")
         columns = (
-            bars.TextColumn("{task.description}"), bars.BarColumn(30), bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.description}", markup=False), bars.BarColumn(30), bars.MofNCompleteColumn(),
             bars.TimeElapsedColumn(), bars.TextColumn("left"), bars.TimeRemainingColumn(),
         )  # fmt: skip
         self._bars = bars.Progress(*columns, console=self._rich, auto_refresh=False)
@@ -113,7 +113,7 @@ class LiveConsole(Console):
         self.close()
         self._total = total_steps
         self._now, self._before = {}, {}
-        self._stage_task = self._bars.add_task(f"[bold]{name}", total=total_steps)
+        self._stage_task = self._bars.add_task(name, total=total_steps)
         self._live = extra("rich.live").Live(
             self._view(), console=self._rich, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
         )
@@ -174,7 +174,8 @@ class LiveConsole(Console):
             self._live.update(self._view(), refresh=True)
 
     def _view(self) -> Any:
-        group, table = extra("rich.console").Group, extra("rich.table").Table(box=None, pad_edge=False)
+        group, text = extra("rich.console").Group, extra("rich.text").Text
+        table = extra("rich.table").Table(box=None, pad_edge=False)
         if not self._now:
             return group(self._bars)
         for name, justify in (("metric", "left"), ("now", "right"), ("", "center"), ("before", "right")):
@@ -182,7 +183,8 @@ class LiveConsole(Console):
         for name, x in self._now.items():
             before = self._before.get(name)
             arrow = "" if before is None or x == before else "↑" if x > before else "↓"
-            table.add_row(name, f"[bold]{number(x)}", arrow, "" if before is None else f"[dim]{number(before)}")
+            earlier = "" if before is None else number(before)
+            table.add_row(text(name), text(number(x), "bold"), arrow, text(earlier, "dim"))
         return group(self._bars, table)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ def load(cls: type[C], file: Path | str | None = None, overrides: Sequence[str] 
     given: set[str] = set()
     for words in _pairs(overrides):
         _override(cls, tree, *words, given)
-    return _build(cls, cls, tree, {}, "", lambda path: COMMAND_LINE if _within(path, given) else origin)
+    return _build(cls, tree, {}, "", lambda path: COMMAND_LINE if _within(path, given) else origin)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -242,7 +243,7 @@ def _item(items: list[Any], index: str, path: str) -> dict[str, Any]:
 # The objects
 
 
-def _build(root: type[Any], cls: type[C], tree: Any, defaults: Mapping[str, Any], prefix: str, where: Any) -> C:
+def _build(cls: type[C], tree: Any, defaults: Mapping[str, Any], prefix: str, where: Callable[[str], str]) -> C:
     """An instance of a configuration class from a tree that knows no unknown keys."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{prefix[:-1]}: expected {expected(cls)}, got {shown(tree)} ({where(prefix[:-1])})")
@@ -251,27 +252,21 @@ def _build(root: type[Any], cls: type[C], tree: Any, defaults: Mapping[str, Any]
         path, kind = prefix + key.name, inner(key.type)
         if is_section(kind) and not (optional(key.type) and tree.get(key.name) is None):
             nested = key.section_defaults or {}
-            arguments[key.name] = _build(root, kind, tree.get(key.name, {}), nested, path + ".", where)
+            arguments[key.name] = _build(kind, tree.get(key.name, {}), nested, path + ".", where)
         elif key.name not in tree:
-            value = _copy(defaults[key.name]) if key.name in defaults else key.make_default()
+            value = copy.deepcopy(defaults[key.name]) if key.name in defaults else key.make_default()
             if value is REQUIRED:
                 raise ConfigError(f"{path}: required, but not given; expected {expected(key.type)}: {key.help}")
             arguments[key.name] = value
         elif is_list(kind) and is_section(element(kind)) and isinstance(tree[key.name], list):
             arguments[key.name] = [
-                _build(root, element(kind), item, {}, f"{path}.{i}.", where) for i, item in enumerate(tree[key.name])
+                _build(element(kind), item, {}, f"{path}.{i}.", where) for i, item in enumerate(tree[key.name])
             ]
         else:
-            arguments[key.name] = convert(key.type, tree[key.name], key.bounds, path, where(path))
+            arguments[key.name] = convert(key.type, tree[key.name], key.bounds, path, where)
     try:
         return cls(**arguments)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"{prefix}{error}" if prefix else str(error)) from error
-
-
-def _copy(value: Any) -> Any:
-    import copy
-
-    return copy.deepcopy(value)

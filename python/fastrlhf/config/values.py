@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import typing
+from collections.abc import Callable
 from typing import Any, Literal
 
 from ..errors import ConfigError, extra
@@ -16,18 +17,18 @@ class _Unfit(Exception):
     """A value that is not of the type; which message to give is the caller's to know."""
 
 
-def convert(type_: Any, value: Any, bounds: Bounds, path: str, where: str) -> Any:
+def convert(type_: Any, value: Any, bounds: Bounds, path: str, where: Callable[[str], str]) -> Any:
     """A value as YAML gives it, as an instance of a type that contains no section.
 
     Raises:
-        ConfigError: naming the key, what came, what was expected and where.
+        ConfigError: naming the key, what came, what was expected, and `where(key)` it came from.
     """
     if is_list(type_) and isinstance(value, list):
         return [convert(element(type_), v, bounds, f"{path}.{i}", where) for i, v in enumerate(value)]
     if is_dict(type_) and isinstance(value, dict):
         for name in value:
             if not isinstance(name, str):
-                raise ConfigError(f"{path}: expected keys that are strings, got {name!r} ({where})")
+                raise ConfigError(f"{path}: expected keys that are strings, got {name!r} ({where(path)})")
         return {name: convert(element(type_), v, bounds, f"{path}.{name}", where) for name, v in value.items()}
     if value is None and optional(type_):
         return None
@@ -36,9 +37,9 @@ def convert(type_: Any, value: Any, bounds: Bounds, path: str, where: str) -> An
             result = _scalar(member, value)
         except _Unfit:
             continue
-        _check(result, bounds, path, where)
+        _check(result, bounds, path, where(path))
         return result
-    raise ConfigError(f"{path}: expected {expected(type_)}, got {shown(value)} ({where})")
+    raise ConfigError(f"{path}: expected {expected(type_)}, got {shown(value)} ({where(path)})")
 
 
 def parse(type_: Any, text: str, path: str, where: str) -> Any:

@@ -37,9 +37,9 @@ PANELS = (
     Panel("Entropy", "nats per token", ("entropy", "entropy/*", "*/entropy")),
     Panel("Explained variance of the values", "fraction", ("*explained_variance*",)),
     Panel("Length", "tokens", ("*length*",)),
+    Panel("Loss", "loss", ("loss", "loss/*", "*/loss", "*_loss"), but=("*clip*",)),
     Panel("Throughput", "tokens/s", ("tokens_per_second/*",), scale="log"),
     Panel("Time", "s per step", ("seconds/*",)),
-    Panel("Loss", "loss", ("loss", "loss/*", "*/loss", "*_loss"), but=("*clip*",)),
     Panel("Gradient norm", "norm", ("*grad_norm*",), scale="log"),
     Panel("Learning rate", "learning rate", ("lr", "lr/*", "*/lr", "*learning_rate*")),
 )
