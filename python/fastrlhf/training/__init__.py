@@ -1,0 +1,1 @@
+"""Machinery that all algorithms share: checkpoints, metrics, progress, reports."""
