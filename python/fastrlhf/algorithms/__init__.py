@@ -1,0 +1,1 @@
+"""ALGORITHMS: one file each, with what is specific to it."""

@@ -1,0 +1,93 @@
+"""The critic: values of states, and their update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import option, section
+from ..errors import ConfigError
+from ..models import load_scalar_model, save_scalar_model
+from ..models.checkpoint import trainable
+from ..ops import value_loss
+from .averages import Averages
+from .batches import Sequences, completion_values, micro_batches
+from .optim import Optimizer, OptimizerConfig
+from .policy import minibatches
+from .rollout import Rollout
+from .state import load_into
+
+
+@dataclass
+class CriticConfig:
+    """A model of its own that says what a state is worth."""
+
+    path: str | None = option(None, "Directory it starts from, a reward model's or a language model's; null is the policy's.")
+    clip: float | None = option(0.2, "Values move at most this far from the rollout's within an update; null does not clip.", low=0)
+    epochs: int = option(1, "Passes over a rollout.", low=1)
+    minibatch_size: int | None = option(None, "Completions of one optimizer step; null is the whole rollout.", low=1)
+    micro_batch_tokens: int = option(8192, "Tokens through the model at once, padding counted; changes no result.", low=1)
+    warmup_steps: int = option(0, "Steps at the start in which only the critic learns.", low=0)
+    checkpoint_activations: bool = option(False, "Keep only each layer's input and compute the rest again in the backward.")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "How weights move.", lr=9e-6)
+
+
+class Critic:
+    def __init__(
+        self, config: CriticConfig, path: str, *, seed: int, total_steps: int, rollout_size: int, vocab_size: int,
+        device: torch.device, dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        self.config, self.seed = config, seed
+        self.model = load_scalar_model(config.path or path, device=device, dtype=dtype, seed=seed)
+        if self.model.decoder.config.vocab_size != vocab_size:
+            raise ConfigError(
+                f"critic.path: {config.path} has a vocabulary of {self.model.decoder.config.vocab_size}, the policy of {vocab_size}"
+            )
+        self.model.decoder.checkpoint_activations = config.checkpoint_activations
+        self.minibatch = min(config.minibatch_size or rollout_size, rollout_size)
+        steps = total_steps * config.epochs * -(-rollout_size // self.minibatch)
+        self.optimizer = Optimizer(trainable(self.model), config.optimizer, steps)
+
+    def values(self, sequences: Sequences) -> Tensor:
+        """(tokens) of the completions, packed."""
+        return completion_values(self.model, sequences, max_tokens=self.config.micro_batch_tokens)
+
+    def update(self, rollout: Rollout, returns: Tensor, *, step: int) -> dict[str, float]:
+        """Epochs of minibatches over a rollout, towards `returns` (tokens)."""
+        assert rollout.values is not None
+        averages = Averages()
+        offsets = rollout.cu_seqlens.tolist()
+        for epoch in range(self.config.epochs):
+            for members in minibatches(len(rollout), self.minibatch, self.seed, step, epoch):
+                tokens = sum(offsets[m + 1] - offsets[m] for m in members)
+                total = torch.zeros((), device=returns.device)
+                for batch in micro_batches(rollout.sequences, members, self.config.micro_batch_tokens, returns.device):
+                    hidden = self.model.decoder(batch.tokens, batch.pack)[batch.at]
+                    out = value_loss(
+                        self.model.of_hidden(hidden), rollout.values[batch.rows], returns[batch.rows], None,
+                        clip=self.config.clip, denominator=float(tokens), cu_seqlens=batch.cu_seqlens,
+                    )  # fmt: skip
+                    out.loss.backward()
+                    total += out.loss.detach()
+                    averages.add(out.stats)
+                for name, value in self.optimizer.step("critic", total).items():
+                    averages.value(name, value)
+                averages.value("loss", total)
+        return averages.pop()
+
+    def save(self, directory: Path, tokenizer: Any) -> None:
+        save_scalar_model(self.model, directory, tokenizer=tokenizer)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {"critic": dict(trainable(self.model)), "critic_optimizer": self.optimizer.save()[0]}
+
+    def state(self) -> dict[str, Any]:
+        return self.optimizer.save()[1]
+
+    def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        load_into(trainable(self.model), tensors["critic"], "critic")
+        self.optimizer.load(tensors["critic_optimizer"], state)

@@ -1,0 +1,242 @@
+"""The loop of every algorithm: steps, metrics, evaluation, checkpoints, resuming, and stopping in time."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import REQUIRED, option, to_dict, to_yaml
+from ..errors import CheckpointError, ConfigError, UserError
+from .checkpoint import Checkpoints, restore_rng, rng_tensors
+from .metrics import METRICS, Metrics, Value, read_lines
+from .optim import NotFinite
+from .progress import Progress, Silent
+from .report import write_report
+from .timers import Timers
+
+CHECKPOINTS, FINAL, CONFIG = "checkpoints", "final", "config.yaml"
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and how it is kept."""
+
+    directory: str = option(REQUIRED, "Of the run: config, metrics, samples, checkpoints, report, and final/, the model.")
+    seed: int = option(0, "Of everything that is drawn.")
+    resume: str = option(
+        "never", "auto: go on from the last checkpoint if there is one; never: refuse a directory that holds a run; or a path of a checkpoint."
+    )
+    overwrite: bool = option(False, "With resume never: remove a run that is in the directory.")
+    save_every: int = option(0, "Steps between checkpoints; 0 saves at the end only.", low=0)
+    keep: int = option(2, "How many checkpoints to keep.", low=1)
+    eval_every: int = option(0, "Steps between evaluations; 0 evaluates before and after only.", low=0)
+    time_limit: float | None = option(None, "Seconds after which the run saves and stops, the last step and the saving counted.", low=0)
+    threads: int | None = option(None, "CPU threads; null is torch's choice.", low=1)
+    tensorboard: bool = option(True, "Write TensorBoard events.")
+    wandb: str | None = option(None, "Weights & Biases project to log to.")
+    export: bool = option(True, "Write final/, a Hugging Face directory, at the end.")
+
+
+class Algorithm(Protocol):
+    """What differs between SFT, reward training, PPO and its relatives."""
+
+    name: str
+    steps: int
+    timers: Timers
+
+    def step(self, step: int, progress: Progress) -> Mapping[str, Value]:
+        """One step, counted from 1; metrics. Until it first changes a weight, `state()` of before describes it."""
+
+    def evaluate(self, progress: Progress) -> Mapping[str, Value]:
+        """Held-out metrics; empty where there is nothing to evaluate on."""
+
+    def samples(self) -> list[dict[str, Any]]:
+        """A few completions of the last step or evaluation."""
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Everything that a resumed run needs, in named groups."""
+
+    def state(self) -> dict[str, Any]:
+        """The same, of what JSON holds."""
+
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None: ...
+
+    def export(self, directory: Path) -> None:
+        """The trained model as a Hugging Face directory."""
+
+    @property
+    def touched(self) -> bool:
+        """Whether the step under way has changed a weight."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """`before` and `after` are the first and last evaluation's metrics; `finished` is false where time ran out."""
+
+    directory: Path
+    steps: int
+    finished: bool
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def prepare(run: RunConfig) -> None:
+    """Threads, and the directory: what is there is refused, removed, or to be resumed.
+
+    Raises:
+        ConfigError: a run is there and `resume` is never.
+    """
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    directory = Path(run.directory)
+    if run.resume != "never" or not (directory / METRICS).exists():
+        return
+    if not run.overwrite:
+        raise ConfigError(
+            f"run.directory: {directory} already holds a run; --run.resume auto goes on with it, --run.overwrite true removes it"
+        )
+    for name in (METRICS, "samples.jsonl", "tables.json", "report.html", "report.png", CONFIG):
+        (directory / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, FINAL, "tensorboard"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+
+
+def fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress | None = None) -> Result:
+    """Run an algorithm to its last step, from a checkpoint if `run.resume` says so.
+
+    Raises:
+        UserError: what went wrong and in which step. What was computed before it is saved: where the step had not yet
+            changed a weight, as a checkpoint of the steps before it.
+    """
+    started = time.monotonic()
+    progress = progress or Silent()
+    directory = Path(run.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(directory / CHECKPOINTS, keep=run.keep)
+    metrics = Metrics(directory, tensorboard=run.tensorboard, wandb=run.wandb, config=to_dict(config))
+    (directory / CONFIG).write_text(to_yaml(config))
+    done = _resume(algorithm, run, checkpoints, progress)
+    metrics.truncate(done + 1)
+    progress.stage(algorithm.name, algorithm.steps)
+    saved = done if done else -1
+    longest = 0.0
+
+    def save(step: int, state: Mapping[str, Any], rng: Mapping[str, Tensor]) -> None:
+        nonlocal saved
+        checkpoints.save(step, {**algorithm.tensors(), "rng": rng}, {"step": step, "algorithm": state})
+        saved = step
+
+    def evaluate(step: int) -> None:
+        found = algorithm.evaluate(progress)
+        if found:
+            numbers = metrics.log(step, found, phase="eval")
+            metrics.samples(step, algorithm.samples())
+            progress.message(f"eval at step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+            progress.samples(algorithm.samples())
+
+    try:
+        if not done:
+            evaluate(0)
+        algorithm.timers.pop()
+        with _interrupts() as interrupted:
+            while done < algorithm.steps:
+                begun = time.monotonic()
+                before, rng = algorithm.state(), rng_tensors()
+                try:
+                    values = dict(algorithm.step(done + 1, progress))
+                except (UserError, KeyboardInterrupt) as error:
+                    raise _stopped(error, done, save if not algorithm.touched else None, before, rng, saved, checkpoints) from error
+                done += 1
+                numbers = metrics.log(done, values | algorithm.timers.pop())
+                progress.step(done, numbers)
+                if rows := algorithm.samples():
+                    metrics.samples(done, rows)
+                    progress.samples(rows)
+                last = done == algorithm.steps
+                if last or (run.eval_every and done % run.eval_every == 0):
+                    evaluate(done)
+                    algorithm.timers.pop()
+                longest = max(longest, time.monotonic() - begun)
+                out_of_time = run.time_limit is not None and time.monotonic() - started + 1.5 * longest > run.time_limit
+                if last or out_of_time or interrupted() or (run.save_every and done % run.save_every == 0):
+                    save(done, algorithm.state(), rng_tensors())
+                if not last and (out_of_time or interrupted()):
+                    why = "the time limit is near" if out_of_time else "asked to stop"
+                    progress.message(f"{why}: saved step {done} of {algorithm.steps}; --run.resume auto goes on")
+                    break
+        finished = done >= algorithm.steps
+        if finished and run.export:
+            _export(algorithm, directory / FINAL)
+    finally:
+        metrics.close()
+    write_report(directory)
+    evals = [line for line in read_lines(directory / METRICS) if line.get("phase") == "eval"]
+    first, final = (evals[0], evals[-1]) if evals else ({}, {})
+    return Result(directory, done, finished, _numbers(first), _numbers(final))
+
+
+def _resume(algorithm: Algorithm, run: RunConfig, checkpoints: Checkpoints, progress: Progress) -> int:
+    if run.resume == "never":
+        return 0
+    path = checkpoints.latest() if run.resume == "auto" else Path(run.resume)
+    if path is None:
+        return 0
+    tensors, state = checkpoints.load(path)
+    if "rng" not in tensors or "algorithm" not in state:
+        raise CheckpointError(f"{path}: this is no checkpoint of a run")
+    rng = tensors.pop("rng")
+    algorithm.restore(tensors, state["algorithm"])
+    restore_rng(rng)
+    progress.message(f"resumed from {path}")
+    return int(state["step"])
+
+
+def _stopped(
+    error: BaseException, done: int, save: Any, state: Mapping[str, Any], rng: Mapping[str, Tensor], saved: int,
+    checkpoints: Checkpoints,
+) -> BaseException:  # fmt: skip
+    """What to raise when step done + 1 failed: the error with its step, and what remains on disk."""
+    if save is not None and saved != done:
+        save(done, state, rng)
+    if isinstance(error, KeyboardInterrupt):
+        return error
+    latest = checkpoints.latest()
+    kept = f"the last checkpoint is {latest}" if latest else "there is no checkpoint yet"
+    kind = type(error) if type(error) in (NotFinite, CheckpointError, ConfigError) else UserError
+    return kind(f"step {done + 1}: {error}; {kept}")
+
+
+def _export(algorithm: Algorithm, final: Path) -> None:
+    aside = final.with_name(final.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    algorithm.export(aside)
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in line.items() if k not in ("step", "time") and isinstance(v, int | float)}
+
+
+@contextmanager
+def _interrupts() -> Iterator[Any]:
+    """Within: SIGTERM asks the loop to stop after its step, instead of ending the process."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
