@@ -11,6 +11,8 @@ from fastrlhf.data.tokenizer import encode, encode_answer, encode_start
 
 from .conftest import TEXTS, real
 
+pytest.importorskip("transformers")
+
 STRANGE = [
     "",
     " ",
