@@ -8,12 +8,16 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -293,47 +297,109 @@ def test_a_disk_that_is_really_full(small_disk):
 
 # A kill
 
-SAVER = """
-import sys, torch
-from fastrlhf.training.checkpoint import Checkpoints
-c = Checkpoints(sys.argv[1], keep=int(sys.argv[2]))
-step = int(sys.argv[3])
-print("ready", flush=True)
-while True:
-    step += 1 if step % 5 else 0
-    w = torch.full((200_000,), float(step))
-    c.save(step, {"policy": {"w": w}, "critic": {"v": w}}, {"step": step}, {"model": lambda d: (d / "x").write_text(str(step)) and None})
-    if step % 5 == 0: c.save(step, {"policy": {"w": w}, "critic": {"v": w}}, {"step": step}, {"model": lambda d: None}); step += 1
-"""
+
+@pytest.fixture
+def no_fsync(monkeypatch):
+    """A killed process loses nothing that it has written; only a machine that stops does."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-def test_killed_at_any_point_the_latest_loads(tmp_path):
-    rng = random.Random(0)
-    step = 1
-    leftovers = 0
-    for attempt in range(25):
-        if attempt >= 6 and leftovers:
+def child(work: Callable[[], None]) -> int:
+    """Runs in a forked process, which does not come back; its id."""
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)  # torch's pool did not come along
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return pid
+
+
+def check(directory: Path, newest: int) -> int:
+    """The step of the latest checkpoint, which loads whole, is no older than what was complete, and warns of nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        latest = Checkpoints(directory).latest()
+    assert latest is not None
+    tensors, state = Checkpoints(directory).load(latest)
+    assert (tensors["policy"]["w"] == state["step"]).all() and state["step"] >= newest
+    return int(state["step"])
+
+
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("replacing", [False, True])
+def test_killed_at_each_line_of_a_save(replacing, stride, tmp_path, no_fsync):
+    """Every line (or third line) of checkpoint.py that a save runs is the last one of some process; keep=1 leaves no
+    margin."""
+    seen: set[int] = set()
+    for k in range(0, 10_000, stride):
+        directory = tmp_path / str(k)
+        save(Checkpoints(directory, keep=1), 1)
+        lines = 0
+
+        def trace(frame: FrameType, event: str, arg: object) -> Any:
+            nonlocal lines
+            if frame.f_code.co_filename != checkpoint.__file__ or frame.f_code.co_name in ("_encode", "_decode"):
+                return None
+            lines += event == "line"
+            if lines > k:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        def work() -> None:
+            sys.settrace(trace)
+            save(Checkpoints(directory, keep=1), 1 if replacing else 2)
+
+        _, status = os.waitpid(child(work), 0)
+        step = check(directory, 1)
+        seen.add(step)
+        save(Checkpoints(directory, keep=1), 3)
+        assert names(directory) == ["latest", "step-000003"]
+        shutil.rmtree(directory)
+        if not os.WIFSIGNALED(status):
             break
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVER, str(tmp_path), str(1 + attempt % 2), str(step)], stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.02 + rng.random() * 0.15)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        leftovers += sum("tmp" in name for name in names(tmp_path)) if tmp_path.exists() else 0
-        fresh = Checkpoints(tmp_path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            latest = fresh.latest()
-        if latest is None:
-            continue
-        tensors, state = fresh.load(latest)
-        assert state["step"] >= step - 1
-        step = state["step"]
-        assert (tensors["policy"]["w"] == step).all() and (tensors["critic"]["v"] == step).all()
-    assert step > 3 and leftovers > 0, "no save was interrupted: the test tests nothing"
-    save(Checkpoints(tmp_path), step + 1)
-    assert not [name for name in names(tmp_path) if "tmp" in name]
+    assert k > 50 and seen == ({1} if replacing else {1, 2})
+
+
+def test_killed_at_random_times(tmp_path, no_fsync):
+    """Also inside safetensors and the system calls, where no line is."""
+    rng = random.Random(0)
+    step = newest = leftovers = 0
+    save(Checkpoints(tmp_path), 0)
+
+    def work() -> None:
+        checkpoints = Checkpoints(tmp_path, keep=1)
+        for i in range(10_000):
+            save(checkpoints, step + 1 + i, size=200_000)
+
+    for attempt in range(200):
+        if attempt >= 20 and leftovers > 3:
+            break
+        pid = child(work)
+        time.sleep(0.01 + rng.random() * 0.05)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        leftovers += any("tmp" in name for name in names(tmp_path))
+        newest = step = check(tmp_path, newest)
+    assert step > 5 and leftovers > 3, "no save was interrupted: the test tests nothing"
+
+
+def test_everything_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """What a power cut leaves: a name only for what was flushed, and the names themselves flushed."""
+    events: list[str] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def name(descriptor: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+
+    monkeypatch.setattr(os, "fsync", lambda d: (events.append(f"flush {name(d)}"), fsync(d))[1])
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(f"name {Path(b).name}"), rename(a, b))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(f"name {Path(b).name}"), replace(a, b))[1])
+    Checkpoints(tmp_path).save(
+        1, {"policy": {"w": torch.ones(1)}}, {}, {"model": lambda d: (d / "config").write_text("{}") and None}
+    )
+    named = events.index("name step-000001")
+    flushed = {event.partition(" ")[2].partition(".tmp")[0] for event in events[:named]}
+    assert flushed == {"policy.safetensors", "state.json", "manifest.json", "config", "model", "step-000001", "latest"}
+    assert events[named:] == ["name step-000001", "name latest", f"flush {tmp_path.name}"]

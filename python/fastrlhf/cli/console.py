@@ -144,11 +144,12 @@ class LiveConsole(Console):
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         text = extra("rich.text").Text
-        table = extra("rich.table").Table(title=text(title, "bold"), title_justify="left")
+        table = extra("rich.table").Table()
         for i, column in enumerate(columns):
             table.add_column(text(str(column)), justify="left" if i == 0 else "right")
         for row in rows:
             table.add_row(*(text(cell(c)) for c in row))
+        self._rich.print(text(title, "bold"))
         self._rich.print(table)
 
     def message(self, text: str) -> None:
