@@ -37,7 +37,7 @@ def user_errors() -> Iterator[None]:
     """Around what reads a user's files and arguments: its errors, which name the file or argument, as UserError."""
     try:
         yield
-    except UserError:
+    except (UserError, BrokenPipeError):
         raise
     except (ValueError, OSError, ImportError) as error:
         raise UserError(str(error)) from error
@@ -55,7 +55,7 @@ def _taken(words: list[str], repeated: Sequence[str]) -> tuple[list[str], Path |
             rest.append(word)
             continue
         if not equals:
-            if not words:
+            if not words or words[0].startswith("--"):
                 raise ConfigError(f"{key}: expected {'a file' if key == 'config' else 'text'}, got no value (command line)")
             value = words.pop(0)
         taken.setdefault(key, []).append(value)
