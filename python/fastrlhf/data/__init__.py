@@ -6,6 +6,7 @@ stream = PromptStream(dataset, seed=0, shuffle=True)
 batch = stream.next(64)
 """
 
+from .characters import character_tokenizer
 from .conversations import Conversation, ConversationDataset, ConversationStream
 from .dataset import Dataset, ExampleStream, Skipped
 from .order import Order, Stream
@@ -39,6 +40,7 @@ __all__ = [
     "TooLong",
     "UnusableRow",
     "batches_by_tokens",
+    "character_tokenizer",
     "load_tokenizer",
     "open_rows",
     "pack",
