@@ -120,14 +120,13 @@ def _cpu_model() -> str:
 def _cuda() -> dict[str, Any]:
     built = find_spec("fastrlhf._cuda") is not None
     kernels = importlib.import_module("fastrlhf._cuda") if built else None
-    archs = getattr(kernels, "archs", None)
     devices = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         p = torch.cuda.get_device_properties(i)
         devices.append(f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
     return {
         "kernels built": built,
-        "built for": [str(a) for a in archs()] if callable(archs) else [],
+        "built for": kernels.architectures if kernels else None,
         "torch built with": torch.version.cuda,
         "driver": _driver(),
         "devices": devices,
