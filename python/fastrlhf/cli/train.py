@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ..config import ConfigError, describe, load
 from ..training.loop import Result, fit, prepare
 from ..training.progress import Progress
+from .arguments import user_errors
 from .console import Console
 
 
@@ -92,7 +93,8 @@ def train(name: str, file: Path | None, overrides: Sequence[str], *, progress: P
     config_class, algorithm = classes(name)
     config = load(config_class, file, overrides)
     prepare(config.run)
-    return fit(algorithm(config), config.run, config, progress)
+    with user_errors():
+        return fit(algorithm(config), config.run, config, progress)
 
 
 def show(progress: Progress, name: str, result: Result) -> None:

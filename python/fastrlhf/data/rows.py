@@ -8,8 +8,10 @@ from typing import Any, overload
 
 import numpy as np
 
+from ..errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError, ValueError):
     """The data is at fault; the message begins with the file and line, as in `train.jsonl:17: ...`."""
 
 
