@@ -9,7 +9,6 @@ import os
 import resource
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +133,23 @@ def test_which_are_kept(tmp_path):
             Checkpoints(tmp_path, keep=keep)
 
 
+def test_what_cannot_be_removed_no_longer_looks_like_a_checkpoint(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1)
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    with pytest.warns(UserWarning, match=r"step-000001 could not be removed: Device or resource busy"):
+        save(checkpoints, 2)
+    monkeypatch.undo()
+    assert "step-000001" not in names(tmp_path) and Checkpoints(tmp_path).latest() == tmp_path / "step-000002"
+    save(checkpoints, 3)
+    assert names(tmp_path) == ["latest", "step-000003"]
+
+
 def test_the_latest_is_the_one_saved_last(tmp_path):
     """A run continued from an earlier step counts its steps again."""
     checkpoints = Checkpoints(tmp_path, keep=3)
@@ -197,11 +213,7 @@ def test_damage_is_noticed_and_skipped(how, tmp_path):
         "manifest": "manifest.json is damaged",
         "no manifest": "manifest.json: No such file or directory",
     }[how]
-    with (
-        pytest.warns(UserWarning, match=f"step-000002 is skipped: {what}")
-        if "manifest" not in how
-        else warnings.catch_warnings(action="ignore")
-    ):
+    with pytest.warns(UserWarning, match=f"step-000002 is skipped: {what}"):
         assert Checkpoints(tmp_path).latest() == good
     with pytest.raises(CheckpointError, match=what):
         Checkpoints(tmp_path).load(bad)
