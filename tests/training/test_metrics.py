@@ -92,7 +92,7 @@ def run(metrics: Metrics, first: int, last: int) -> None:
         )
 
 
-@pytest.mark.parametrize("torn", ['{"step": 9, "lo', '{"step": 9}', "\x00\x00", ""])
+@pytest.mark.parametrize("torn", ['{"step": 9, "lo', '{"step": 9}', '{"step": 3}', "\x00\x00", ""])
 @pytest.mark.parametrize("resumed_at", [0, 4, 6])
 def test_a_resumed_run_has_the_file_of_one_never_stopped(resumed_at, torn, tmp_path):
     never = Metrics(tmp_path / "never", tensorboard=False)

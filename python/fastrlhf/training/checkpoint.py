@@ -111,7 +111,8 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The checkpoint saved last of those that are complete and undamaged; warns about each one that is not."""
-        for path in sorted(self._candidates(), key=_sequence, reverse=True):
+        order = {path: _sequence(path) for path in self._candidates()}
+        for path in sorted(order, key=lambda p: order[p] if order[p] > 0 else math.inf, reverse=True):
             problem = self._verify(path)
             if problem is None:
                 return path
