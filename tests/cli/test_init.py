@@ -35,6 +35,7 @@ def test_the_directory_loads_here_and_in_transformers(init, family):
     assert (status, err) == (0, "")
     ours, theirs = load_decoder(directory), transformers.AutoModelForCausalLM.from_pretrained(directory)
     assert theirs.config.model_type == family and theirs.config.num_key_value_heads == 2
+    assert getattr(theirs.config, "sliding_window", None) is None  # a window of 4096 is Mistral's default there
     tokens = torch.tensor(load_tokenizer(directory).encode(TEXTS[0]))
     logits = ours.logits(ours(tokens, Packed([len(tokens)])))
     torch.testing.assert_close(logits, theirs(tokens[None]).logits[0], atol=1e-5, rtol=1e-5)
