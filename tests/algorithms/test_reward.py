@@ -21,9 +21,9 @@ def reward(model_dir: str, pairs_file: str, directory: Path, *more: str) -> Rewa
     ]))  # fmt: skip
 
 
-@pytest.mark.parametrize("margins", ["false", "true"])
-def test_the_loss_is_bradley_terry(model_dir: str, pairs_file: str, tmp_path: Path, margins: str) -> None:
-    ours = reward(model_dir, pairs_file, tmp_path, "--margins", margins)
+@pytest.mark.parametrize("kind", ["bt", "margin_bt"])
+def test_the_loss_is_bradley_terry(model_dir: str, pairs_file: str, tmp_path: Path, kind: str) -> None:
+    ours = reward(model_dir, pairs_file, tmp_path, "--loss", kind)
     ours.export(tmp_path / "rm")
     hf = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     pairs = ours.stream.next(8)
@@ -33,7 +33,7 @@ def test_the_loss_is_bradley_terry(model_dir: str, pairs_file: str, tmp_path: Pa
         return hf.score(hf.model(torch.tensor([tokens])).last_hidden_state[0, -1])[0]
 
     gaps = torch.stack([score(p.prompt + p.chosen) - score(p.prompt + p.rejected) for p in pairs])
-    margin = torch.tensor([p.margin or 0.0 for p in pairs]) if margins == "true" else 0.0
+    margin = torch.tensor([p.margin or 0.0 for p in pairs]) if kind == "margin_bt" else 0.0
     expected = -torch.nn.functional.logsigmoid(gaps - margin).mean()
     assert metrics["loss"] == pytest.approx(float(expected.detach()), abs=1e-5)
     torch.testing.assert_close(chosen - rejected, gaps.detach(), atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Reward models from preferences: -log σ(r_chosen - r_rejected - margin), the mean over the pairs of the whole batch
+"""Reward models from preferences: -log σ(r_chosen - r_rejected), the mean over the pairs of the whole batch
 (Bradley and Terry 1952; Ouyang et al. 2022)."""
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class RewardConfig:
     steps: int = option(100, "Optimizer steps.", low=1)
     batch_size: int = option(64, "Pairs of a step.", low=1)
     micro_batch_tokens: int = option(8192, "Tokens through the model at once, padding counted; changes no result.", low=1)
-    margins: bool = option(False, "Use the pairs' margins.")
+    loss: str = option(
+        "bt", "bt; margin_bt takes a pair's margin off the difference; scaled_bt multiplies its loss by it.",
+        choices=("bt", "margin_bt", "scaled_bt"),
+    )  # fmt: skip
     standardize: bool = option(True, "Keep the rewards' mean and deviation with the model, which its users then apply.")
     optimizer: OptimizerConfig = section(OptimizerConfig, "How weights move.", lr=9e-6, schedule="cosine", warmup_steps=10)
 
@@ -117,9 +120,9 @@ class RewardTraining:
             tokens, pack = Packed.of([side[i] for side in sides for i in group], self.device)
             hidden = self.model.decoder(tokens, pack)[pack.cu_seqlens[1:] - 1]
             chosen, rejected = self.model.of_hidden(hidden).split(len(group))
-            margins = [pairs[i].margin or 0.0 for i in group]
+            margins = None if self.config.loss == "bt" else torch.tensor([self._margin(pairs[i]) for i in group])
             out = reward_loss(
-                chosen, rejected, torch.tensor(margins, device=self.device) if self.config.margins else None,
+                chosen, rejected, None if margins is None else margins.to(self.device), kind=self.config.loss,
                 denominator=float(len(pairs)),
             )  # fmt: skip
             if torch.is_grad_enabled():
@@ -133,6 +136,12 @@ class RewardTraining:
             "rewards/chosen": float(rewards[0].mean()), "rewards/rejected": float(rewards[1].mean()),
         }  # fmt: skip
         return metrics, rewards[0], rewards[1]
+
+    def _margin(self, pair: Preference) -> float:
+        if pair.margin is None:
+            where = self.stream.dataset.rows.name
+            raise ConfigError(f"loss: {self.config.loss} needs a margin with every pair; row {pair.index} of {where} has none")
+        return pair.margin
 
     def _follow(self, rewards: Tensor) -> None:
         """Mean and deviation of the rewards of the last batches, a tenth of the way at a time."""
