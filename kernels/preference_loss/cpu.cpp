@@ -108,7 +108,7 @@ void preference_loss(const PreferenceArgs& a) {
   loss.set(0, total * share + (a.sft_coef != 0 ? a.sft_coef * sft * share : 0));
   const double stats[preference_stats] = {accuracy / pairs, scale * (chosen_total - rejected_total) / pairs,
                                           scale * chosen_total / pairs, scale * rejected_total / pairs, sft * share};
-  for (int i = 0; i < preference_stats; ++i) a.stats[i] = static_cast<float>(stats[i]);
+  for (int i = 0; i < (reward ? reward_stats : preference_stats); ++i) a.stats[i] = static_cast<float>(stats[i]);
 }
 
 void regression_loss(const RegressionArgs& a) {

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.gae import reference
 from ..kernels.kl.reference import KINDS
 from . import checks
-from .backend import address, choose, empty_as, extension, result_dtype, row_shape, row_values, threads, tokens
+from .backend import address, choose, empties, extension, result_dtype, row_shape, row_values, threads, tokens
 from .library import Op
 from .masked_stats import whiten as masked_whiten
 
@@ -286,10 +286,8 @@ def _rollout_implementation(
     """`like`: the rewards where they are given, the logprobs where they are to be shaped."""
     dtype = result_dtype(like, ref_logprobs, values, rewards)
     shaping = rewards is None
-    shaped, kls = (empty_as(like, dtype), empty_as(like, dtype)) if shaping else (None, None)
-    recursion = values is not None or not shaping
-    advantages = empty_as(like, dtype) if recursion else None
-    returns = empty_as(like, dtype) if values is not None else None
+    valued = values is not None
+    shaped, kls, advantages, returns = empties(like, dtype, shaping, shaping, valued or not shaping, valued)
     kl_coef, score_clip, kl_clip, gamma, lam = numbers
     extension().rollout(
         row_shape(like, cu_seqlens), dtype == torch.float64, tokens(rewards), row_values(scores),

@@ -65,11 +65,7 @@ def sample(
         TypeError, ValueError: dtype, shape or device that do not fit, an option outside its range, a row without a
         largest finite logit.
     """
-    checks.tensor("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {checks.shape_of(logits)}")
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        raise ValueError(f"logits: expected last stride 1, got {logits.stride(-1)}; call .contiguous()")
+    checks.logits("logits", logits)
     rows: list[Tensor | None] = [None] * 4
     scalars = [1.0, 0.0, 1.0, 0.0]
     given = (temperature, top_k, top_p, min_p)
@@ -131,13 +127,13 @@ def _forward(
     rows, lead = logits.numel() // vocab, logits.shape[:-1]
     tokens = empty(lead, torch.int64)
     lp = empty(lead, torch.float32) if logprobs else None
-    thresholds = empty((rows,), torch.float32)
+    thresholds = empty((rows,), torch.float32) if kept else None
     counts = empty((rows,), torch.int64) if kept else None
     temperature, top_k, top_p, min_p = scalars
     extension().sample(
         matrix(x), rows, vocab, (temperature, int(top_k), top_p, min_p, seed),
-        tuple(address(t) for t in (temperatures, top_ks, top_ps, min_ps, seeds)),
-        tokens.data_ptr(), address(lp), thresholds.data_ptr(), address(counts), threads(),
+        (address(temperatures), address(top_ks), address(top_ps), address(min_ps), address(seeds)),
+        tokens.data_ptr(), address(lp), address(thresholds), address(counts), threads(),
     )  # fmt: skip
     return tokens, lp, thresholds, counts
 
@@ -148,7 +144,7 @@ def _fake(logits: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     return (
         logits.new_empty(lead, dtype=torch.int64),
         logits.new_empty(lead, dtype=torch.float32) if logprobs else None,
-        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.float32) if kept else None,
         logits.new_empty(rows, dtype=torch.int64) if kept else None,
     )
 
