@@ -108,6 +108,11 @@ def empty_scalar(dtype: torch.dtype) -> Tensor:
     return torch.empty_like(_TEMPLATES[dtype])
 
 
+def empty_stats(names: tuple[str, ...]) -> Tensor:
+    """A loss's statistics."""
+    return _TEMPLATES[_FLOAT32].new_empty(len(names))
+
+
 def scalar(value: float, dtype: torch.dtype) -> Tensor:
     return torch.full_like(_TEMPLATES[dtype], value)
 

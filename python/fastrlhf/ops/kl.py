@@ -61,10 +61,8 @@ def kl(
 def _run_kl(logprobs: Tensor, ref: Tensor, options: tuple[Any, ...], grad: Tensor | None) -> Tensor:
     dtype = result_dtype(logprobs, ref)
     out = empty_as(logprobs, dtype)
-    x, y = in_line(logprobs), in_line(ref)
-    extension().kl(
-        (1, x.numel(), 0, 0), dtype == torch.float64, elements(x), elements(y), *options, address(grad), out.data_ptr(), threads()
-    )
+    x, y, shape = in_line(logprobs), in_line(ref), (1, logprobs.numel(), 0, 0)
+    extension().kl(shape, dtype == torch.float64, elements(x), elements(y), *options, address(grad), out.data_ptr(), threads())
     return out
 
 

@@ -17,6 +17,7 @@ from .backend import (
     choose,
     empty_as,
     empty_scalar,
+    empty_stats,
     extension,
     result_dtype,
     row_shape,
@@ -29,9 +30,6 @@ from .library import Op, present
 from .stats import LossStats
 
 _NAMES = {"gpg": "reinforce"}
-
-
-_STATS = torch.empty(len(reference.STATS), dtype=torch.float32, device="cpu")
 
 
 class PolicyLoss(NamedTuple):
@@ -253,7 +251,7 @@ def _forward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     dtype = result_dtype(logprobs, old_logprobs, advantages)
     shape = row_shape(logprobs, cu_seqlens)
-    loss, stats = empty_scalar(dtype), torch.empty_like(_STATS)
+    loss, stats = empty_scalar(dtype), empty_stats(reference.STATS)
     d_logprobs = empty_as(logprobs, dtype) if grad else None
     d_entropy = empty_as(logprobs, dtype) if grad_entropy else None
     per_row = advantages.shape != logprobs.shape

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.preference_loss import reference
 from . import checks
-from .backend import address, choose, empties, empty, empty_scalar, extension, result_dtype, row_values
+from .backend import address, choose, empties, empty_scalar, empty_stats, extension, result_dtype, row_values
 from .library import Op, present
 from .policy_loss import read_denominator
 from .stats import LossStats
@@ -203,7 +203,7 @@ def _forward(
     numbers: list[float], denominator: float, grad: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     dtype = result_dtype(chosen, rejected)
-    loss, stats = empty_scalar(dtype), empty((_stats_of(kind),), torch.float32)
+    loss, stats = empty_scalar(dtype), empty_stats(_stats_of(kind))
     losses, d_chosen, d_rejected, mean_d_chosen, mean_d_rejected = empties(chosen, dtype, True, grad, grad, grad, grad)
     if baseline is not None:
         numbers = [*numbers[:4], float(baseline.item()), *numbers[5:]]
@@ -218,14 +218,14 @@ def _forward(
     return loss, losses, stats, d_chosen, d_rejected, mean_d_chosen, mean_d_rejected
 
 
-def _stats_of(kind: int) -> int:
-    return len(_STATS) if kind < len(reference.KINDS) else len(_REWARD_STATS)
+def _stats_of(kind: int) -> tuple[str, ...]:
+    return _STATS if kind < len(reference.KINDS) else _REWARD_STATS
 
 
 def _fake(chosen: Tensor, rejected: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     dtype = torch.float64 if torch.float64 in (chosen.dtype, rejected.dtype) else torch.float32
     slopes = [chosen.new_empty(chosen.shape, dtype=dtype) if rest[-1] else None for _ in range(4)]
-    stats = chosen.new_empty(_stats_of(rest[-4]), dtype=torch.float32)
+    stats = chosen.new_empty(len(_stats_of(rest[-4])), dtype=torch.float32)
     return chosen.new_empty((), dtype=dtype), chosen.new_empty(chosen.shape, dtype=dtype), stats, *slopes
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.preference_loss import reference
 from . import checks
-from .backend import address, choose, elements, empty, empty_scalar, extension, in_line, result_dtype
+from .backend import address, choose, elements, empty, empty_scalar, empty_stats, extension, in_line, result_dtype
 from .library import Op, present
 from .stats import LossStats
 
@@ -61,7 +61,7 @@ def _regression_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     dtype = result_dtype(predictions, targets)
     p, t = in_line(predictions), in_line(targets)
-    loss, stats = empty_scalar(dtype), empty((len(_REGRESSION_STATS),), torch.float32)
+    loss, stats = empty_scalar(dtype), empty_stats(_REGRESSION_STATS)
     d = empty(predictions.shape, dtype) if grad else None
     extension().regression_loss(
         p.numel(), dtype == torch.float64, elements(p), elements(t), ignore_value, loss.data_ptr(), address(d), stats.data_ptr()
