@@ -232,11 +232,10 @@ def _check_recursion(
 ) -> tuple[int, Tensor | None, float]:
     checks.number("gamma", gamma, low=0, high=1)
     mode = checks.one_of("mask_mode", mask_mode, reference.MASK_MODES)
-    count = checks.row_count(like, cu)
     if bootstrap is not None:
-        checks.rows("bootstrap", bootstrap, count, "sequence", like)
+        checks.rows("bootstrap", bootstrap, checks.row_count(like, cu), "sequence", like)
     if isinstance(lam, Tensor):
-        checks.rows("lam", lam, count, "sequence", like)
+        checks.rows("lam", lam, checks.row_count(like, cu), "sequence", like)
         return mode, lam.detach().double().contiguous(), 1.0
     checks.number("lam", lam, low=0, high=1)
     return mode, None, float(lam)

@@ -117,14 +117,13 @@ def policy_loss(
     cu = checks.token_matrix("logprobs", logprobs, cu_seqlens)
     checks.like("old_logprobs", old_logprobs, "logprobs", logprobs)
     checks.tensor("advantages", advantages)
-    count = checks.row_count(logprobs, cu)
-    if advantages.shape != logprobs.shape and not (
-        advantages.dim() == 1 and advantages.shape[0] == count and (logprobs.dim() == 2 or cu is not None)
-    ):
-        raise ValueError(
-            f"advantages: expected the shape of logprobs, {checks.shape_of(logprobs)}, or ({count},), got "
-            f"{checks.shape_of(advantages)}"
-        )
+    if advantages.shape != logprobs.shape:
+        count = checks.row_count(logprobs, cu)
+        if advantages.shape != (count,) or (logprobs.dim() == 1 and cu is None):
+            raise ValueError(
+                f"advantages: expected the shape of logprobs, {checks.shape_of(logprobs)}, or ({count},), got "
+                f"{checks.shape_of(advantages)}"
+            )
     checks.same_device("advantages", advantages, "logprobs", logprobs)
     if mask is not None:
         checks.like("mask", mask, "logprobs", logprobs, checks.MASKS)

@@ -68,12 +68,11 @@ def sample(
     checks.logits("logits", logits)
     rows: list[Tensor | None] = [None] * 4
     scalars = [1.0, 0.0, 1.0, 0.0]
-    given = (temperature, top_k, top_p, min_p)
-    for i, (name, low, high, open_low) in enumerate(_RANGES):
-        value = given[i]
+    for i, value in enumerate((temperature, top_k, top_p, min_p)):
         if isinstance(value, Tensor):
-            rows[i] = _per_row(name, value, logits, low, high, open_low)
+            rows[i] = _per_row(*_RANGES[i], value, logits)
         elif value != scalars[i]:
+            name, low, high, open_low = _RANGES[i]
             checks.number(name, value, low=low, high=high, open_low=open_low)
             if name == "temperature" and value != 0:
                 checks.temperature(value)
@@ -106,7 +105,7 @@ def sample(
     return Sample(tokens, lp if logprobs else None, (indptr, _kept_indices(logits, thresholds, indptr)))
 
 
-def _per_row(name: str, value: Tensor, logits: Tensor, low: float, high: float, open_low: bool) -> Tensor:
+def _per_row(name: str, low: float, high: float, open_low: bool, value: Tensor, logits: Tensor) -> Tensor:
     checks.tensor(name, value, (torch.int32, torch.int64) if name == "top_k" else FLOATS)
     if value.shape != logits.shape[:-1]:
         raise ValueError(f"{name}: expected shape {tuple(logits.shape[:-1])}, one for each row, got {checks.shape_of(value)}")
