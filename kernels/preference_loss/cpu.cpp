@@ -14,7 +14,7 @@ struct Sigmoid {
     const double e = std::exp(x < 0 ? x : -x), l = std::log1p(e), large = 1 / (1 + e), small = e / (1 + e);
     const bool negative = x < 0;
     of = negative ? small : large, of_minus = negative ? large : small;
-    log = (negative ? x : 0) - l, log_minus = (negative ? 0 : -x) - l;
+    log = negative ? x - l : -l, log_minus = negative ? -l : -x - l;
   }
 };
 

@@ -143,19 +143,17 @@ def with_rows(t: Tensor) -> Tensor:
         return t.contiguous().view(-1, t.shape[-2], t.shape[-1])
 
 
-def tokens(t: Tensor | None) -> tuple[int, int, int, int, bool] | None:
+Array = tuple[int, int, tuple[int, ...], bool]  # as the extension takes an input of one or two dimensions
+
+
+def tokens(t: Tensor | None) -> Array | None:
     """(B, T) or packed (total), any strides."""
-    if t is None:
-        return None
-    stride = t.stride()
-    if len(stride) == 2:
-        return (t.data_ptr(), DTYPES[t.dtype], stride[0], stride[1], False)
-    return (t.data_ptr(), DTYPES[t.dtype], 0, stride[0], False)
+    return None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(), False)
 
 
-def row_values(t: Tensor | None) -> tuple[int, int, int, int, bool] | None:
+def row_values(t: Tensor | None) -> Array | None:
     """(B): one value for each row."""
-    return None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride()[0], 0, True)
+    return None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(), True)
 
 
 def row_shape(t: Tensor, cu_seqlens: Tensor | None = None) -> tuple[int, int, int, int]:
@@ -183,11 +181,10 @@ def in_line(t: Tensor) -> Tensor:
     return t if t.dim() == 1 else t.contiguous()
 
 
-def elements(t: Tensor) -> tuple[int, int, int, int, bool]:
+def elements(t: Tensor) -> Array:
     """All elements as one row, or as one value for each row, for ops to which the shape means nothing. No view: making one
     takes longer than all the rest of handing a tensor over."""
-    stride = t.stride()[0] if t.dim() == 1 else 1
-    return (t.data_ptr(), DTYPES[t.dtype], stride, stride, False)
+    return (t.data_ptr(), DTYPES[t.dtype], t.stride() if t.dim() == 1 else (1,), False)
 
 
 def flat(t: Tensor) -> Tensor:
