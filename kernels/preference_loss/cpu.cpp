@@ -7,8 +7,16 @@
 namespace fastrlhf {
 namespace {
 
-double log_sigmoid(double x) { return x < 0 ? x - std::log1p(std::exp(x)) : -std::log1p(std::exp(-x)); }
-double sigmoid(double x) { return x < 0 ? std::exp(x) / (1 + std::exp(x)) : 1 / (1 + std::exp(-x)); }
+// sigmoid(x), sigmoid(-x) and their logarithms from one exponential.
+struct Sigmoid {
+  double of, of_minus, log, log_minus;
+  explicit Sigmoid(double x) {
+    const double e = std::exp(x < 0 ? x : -x), l = std::log1p(e), large = 1 / (1 + e), small = e / (1 + e);
+    const bool negative = x < 0;
+    of = negative ? small : large, of_minus = negative ? large : small;
+    log = negative ? x - l : -l, log_minus = negative ? -l : -x - l;
+  }
+};
 
 // log(p / (1 - p)) of p = e^x, x < 0
 double log_odds(double x) { return x - std::log(-std::expm1(x)); }
@@ -20,19 +28,28 @@ Loss on_margin(double value, double slope) { return {value, slope, -slope}; }
 
 // KL between the Bernoulli distributions of parameters sigmoid(a) and sigmoid(b), and its derivatives.
 double bernoulli_kl(double a, double b) {
-  return sigmoid(a) * (log_sigmoid(a) - log_sigmoid(b)) + sigmoid(-a) * (log_sigmoid(-a) - log_sigmoid(-b));
+  const Sigmoid s(a), t(b);
+  return s.of * (s.log - t.log) + s.of_minus * (s.log_minus - t.log_minus);
 }
-double bernoulli_kl_da(double a, double b) { return sigmoid(a) * sigmoid(-a) * (a - b); }
-double bernoulli_kl_db(double a, double b) { return sigmoid(b) - sigmoid(a); }
+double bernoulli_kl_da(double a, double b) {
+  const Sigmoid s(a);
+  return s.of * s.of_minus * (a - b);
+}
+double bernoulli_kl_db(double a, double b) { return Sigmoid(b).of - Sigmoid(a).of; }
 
 Loss pair_loss(const PreferenceArgs& a, double chosen, double rejected, double g) {
   const double x = a.beta * (chosen - rejected), e = a.label_smoothing;
   switch (a.kind) {
     case PreferenceKind::dpo:
-      return on_margin(-(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x), a.beta * (e * sigmoid(x) - (1 - e) * sigmoid(-x)));
-    case PreferenceKind::robust:
-      return on_margin((-(1 - e) * log_sigmoid(x) + e * log_sigmoid(-x)) / (1 - 2 * e),
-                       -a.beta * ((1 - e) * sigmoid(-x) + e * sigmoid(x)) / (1 - 2 * e));
+    case PreferenceKind::simpo: {
+      const Sigmoid s(a.kind == PreferenceKind::simpo ? x - a.margin : x);
+      return on_margin(-(1 - e) * s.log - e * s.log_minus, a.beta * (e * s.of - (1 - e) * s.of_minus));
+    }
+    case PreferenceKind::robust: {
+      const Sigmoid s(x);
+      return on_margin((-(1 - e) * s.log + e * s.log_minus) / (1 - 2 * e),
+                       -a.beta * ((1 - e) * s.of_minus + e * s.of) / (1 - 2 * e));
+    }
     case PreferenceKind::ipo: {
       const double d = chosen - rejected - 1 / (2 * a.beta);
       return on_margin(d * d, 2 * d);
@@ -41,26 +58,23 @@ Loss pair_loss(const PreferenceArgs& a, double chosen, double rejected, double g
     case PreferenceKind::rpo_sq: return on_margin((x - g) * (x - g), 2 * a.beta * (x - g));
     case PreferenceKind::rpo_fwd_kl: return on_margin(bernoulli_kl(x, g), a.beta * bernoulli_kl_da(x, g));
     case PreferenceKind::rpo_bwd_kl: return on_margin(bernoulli_kl(g, x), a.beta * bernoulli_kl_db(g, x));
-    case PreferenceKind::simpo: {
-      const double y = x - a.margin;
-      return on_margin(-(1 - e) * log_sigmoid(y) - e * log_sigmoid(-y), a.beta * (e * sigmoid(y) - (1 - e) * sigmoid(-y)));
-    }
     case PreferenceKind::orpo: {
-      const double y = log_odds(chosen) - log_odds(rejected), slope = -a.beta * sigmoid(-y);
+      const Sigmoid s(log_odds(chosen) - log_odds(rejected));
+      const double slope = -a.beta * s.of_minus;
       if (slope == 0) return {0, 0, 0};  // a certain answer: infinite odds
-      return {-a.beta * log_sigmoid(y), slope * log_odds_slope(chosen), -slope * log_odds_slope(rejected)};
+      return {-a.beta * s.log, slope * log_odds_slope(chosen), -slope * log_odds_slope(rejected)};
     }
     case PreferenceKind::bt:
     case PreferenceKind::margin_bt: {
-      const double y = chosen - rejected - (a.kind == PreferenceKind::margin_bt ? g : 0);
-      return on_margin(-log_sigmoid(y), -sigmoid(-y));
+      const Sigmoid s(chosen - rejected - (a.kind == PreferenceKind::margin_bt ? g : 0));
+      return on_margin(-s.log, -s.of_minus);
     }
     case PreferenceKind::scaled_bt: {
-      const double y = chosen - rejected;
-      return on_margin(-g * log_sigmoid(y), -g * sigmoid(-y));
+      const Sigmoid s(chosen - rejected);
+      return on_margin(-g * s.log, -g * s.of_minus);
     }
     default: {  // kto: both halves of the pair on their own
-      const double z = a.kl_baseline, s = sigmoid(a.beta * (chosen - z)), t = sigmoid(a.beta * (z - rejected));
+      const double z = a.kl_baseline, s = Sigmoid(a.beta * (chosen - z)).of, t = Sigmoid(a.beta * (z - rejected)).of;
       return {0.5 * (a.desirable_weight * (1 - s) + a.undesirable_weight * (1 - t)),
               -0.5 * a.desirable_weight * a.beta * s * (1 - s), 0.5 * a.undesirable_weight * a.beta * t * (1 - t)};
     }
@@ -108,7 +122,7 @@ void preference_loss(const PreferenceArgs& a) {
   loss.set(0, total * share + (a.sft_coef != 0 ? a.sft_coef * sft * share : 0));
   const double stats[preference_stats] = {accuracy / pairs, scale * (chosen_total - rejected_total) / pairs,
                                           scale * chosen_total / pairs, scale * rejected_total / pairs, sft * share};
-  for (int i = 0; i < preference_stats; ++i) a.stats[i] = static_cast<float>(stats[i]);
+  for (int i = 0; i < (reward ? reward_stats : preference_stats); ++i) a.stats[i] = static_cast<float>(stats[i]);
 }
 
 void regression_loss(const RegressionArgs& a) {

@@ -10,6 +10,7 @@ enum class PreferenceKind : int {
 };
 
 constexpr int preference_stats = 5;  // accuracy, margin, chosen, rejected, sft loss
+constexpr int reward_stats = 4;      // of the kinds bt, margin_bt, scaled_bt: all but the sft loss
 constexpr int regression_stats = 3;  // mse, mae, count
 
 // Losses of pairs, their mean (over `denominator`, NaN: the pairs), and derivatives. As many pairs as sequences: no need

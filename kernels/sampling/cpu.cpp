@@ -64,6 +64,17 @@ struct Space {
         sums(workers * blocks, Uninitialized{}) {}
 };
 
+// n in whole vectors.
+bool holds_nan(const float* x, int64_t n) {
+  const F32 zero = F32::set(0), one = F32::set(1);
+  F32 found = zero;
+  for (int64_t i = 0; i < n; i += F32::W) {
+    const F32 v = F32::load(x + i);
+    found = max(found, select(v != v, one, zero));
+  }
+  return highest(found) != 0;
+}
+
 template <class S>
 float load_row(const S* from, int64_t n, int64_t padded, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(to_compute(from[i]));
@@ -124,10 +135,10 @@ void sample_as(const SampleArgs& a) {
     auto finish = [&](int64_t token, double logprob, float threshold, int64_t kept) {
       a.tokens[row] = token;
       if (a.logprobs) static_cast<float*>(a.logprobs)[row] = static_cast<float>(logprob);
-      static_cast<float*>(a.thresholds)[row] = threshold;
+      if (a.thresholds) static_cast<float*>(a.thresholds)[row] = threshold;
       if (a.kept_counts) a.kept_counts[row] = kept;
     };
-    if (!std::isfinite(top) || any_nan(x, n)) return finish(-1, NAN, top, 0);  // the caller raises
+    if (!std::isfinite(top) || holds_nan(x, padded)) return finish(-1, NAN, top, 0);  // the caller raises
     const double temperature = a.temperatures ? a.temperatures[row] : a.temperature;
     const double top_p = a.top_ps ? a.top_ps[row] : a.top_p, min_p = a.min_ps ? a.min_ps[row] : a.min_p;
     const int64_t top_k = a.top_ks ? a.top_ks[row] : a.top_k;

@@ -17,7 +17,7 @@ struct SampleArgs {
   const int64_t* seeds = nullptr;      // (rows): row r draws from (seeds[r], 0), else from (seed, r)
   int64_t* tokens = nullptr;           // (rows)
   void* logprobs = nullptr;            // (rows) or null
-  void* thresholds = nullptr;          // (rows): the kept set is the logits >= this
+  void* thresholds = nullptr;          // (rows): the kept set is the logits >= this; or null
   int64_t* kept_counts = nullptr;      // (rows) or null
   int threads = 1;
 };

@@ -10,16 +10,17 @@ namespace fastrlhf {
 
 namespace py = pybind11;
 
-// (address, dtype, row_stride, col_stride, per_row) or None
+// (address, dtype, strides, per_row) or None. The one stride of (total) or (B) serves as whichever is asked for.
 inline Array array(const py::object& o) {
   Array a;
   if (o.is_none()) return a;
   const auto t = py::reinterpret_borrow<py::tuple>(o);
   a.data = reinterpret_cast<const void*>(t[0].cast<uintptr_t>());
   a.dtype = static_cast<DType>(t[1].cast<int>());
-  a.row_stride = t[2].cast<int64_t>();
-  a.col_stride = t[3].cast<int64_t>();
-  a.per_row = t[4].cast<bool>();
+  const auto strides = py::reinterpret_borrow<py::tuple>(t[2]);
+  a.row_stride = strides[0].cast<int64_t>();
+  a.col_stride = strides.size() > 1 ? strides[1].cast<int64_t>() : a.row_stride;
+  a.per_row = t[3].cast<bool>();
   return a;
 }
 

@@ -6,11 +6,10 @@
 
 namespace fastrlhf {
 
-void* scratch_allocate(int64_t bytes, bool zeroed) {
-  const size_t size = (static_cast<size_t>(bytes > 0 ? bytes : 1) + 63) / 64 * 64;
-  void* p = std::aligned_alloc(64, size);
+void* scratch_allocate(int64_t bytes, bool zeroed, void* near) {
+  void* p = bytes <= scratch_near ? near : std::aligned_alloc(64, (static_cast<size_t>(bytes) + 63) / 64 * 64);
   if (!p) throw std::bad_alloc();
-  if (zeroed) std::memset(p, 0, size);
+  if (zeroed && bytes > 0) std::memset(p, 0, static_cast<size_t>(bytes));
   return p;
 }
 

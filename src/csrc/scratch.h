@@ -8,10 +8,13 @@
 
 namespace fastrlhf {
 
-void* scratch_allocate(int64_t bytes, bool zeroed);  // 64-byte aligned; throws std::bad_alloc
+// What fits is in `near`, 512 bytes beside the caller's variables: an aligned allocation costs up to 0.1 us, and a call on a
+// few tokens makes six. 64-byte aligned; throws std::bad_alloc.
+constexpr int64_t scratch_near = 512;
+void* scratch_allocate(int64_t bytes, bool zeroed, void* near);
+void scratch_free(void* p) noexcept;
 
 struct Uninitialized {};
-void scratch_free(void* p) noexcept;
 
 // Asks for huge pages under a large, freshly allocated output: where the system leaves that to programs, touching 512 MB
 // for the first time took 174 ms in pages of 4 KB and 62 ms in huge ones. A hint; failure is no error.
@@ -20,15 +23,20 @@ void prefer_huge_pages(void* p, int64_t bytes) noexcept;
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t n) : data_(static_cast<T*>(scratch_allocate(n * static_cast<int64_t>(sizeof(T)), true))) {}
-  Scratch(int64_t n, Uninitialized) : data_(static_cast<T*>(scratch_allocate(n * static_cast<int64_t>(sizeof(T)), false))) {}
-  ~Scratch() { scratch_free(data_); }
+  explicit Scratch(int64_t n) : data_(allocate(n, true)) {}
+  Scratch(int64_t n, Uninitialized) : data_(allocate(n, false)) {}
+  ~Scratch() { if (static_cast<void*>(data_) != near_) scratch_free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }
   T& operator[](int64_t i) const { return data_[i]; }
 
  private:
+  T* allocate(int64_t n, bool zeroed) {
+    return static_cast<T*>(scratch_allocate(n * static_cast<int64_t>(sizeof(T)), zeroed, near_));
+  }
+
+  alignas(64) unsigned char near_[scratch_near];
   T* data_;
 };
 

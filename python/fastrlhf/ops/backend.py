@@ -16,13 +16,14 @@ try:
 except ImportError as error:  # a source tree without a build
     _missing = str(error)
 
-_CPU = torch.device("cpu")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 DTYPES = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3,
     torch.int32: 4, torch.int64: 5, torch.uint8: 6, torch.bool: 6,
 }  # fmt: skip
-_SCALARS = {dtype: torch.empty((), dtype=dtype, device=_CPU) for dtype in (torch.float32, torch.float64)}
+_FLOAT32, _FLOAT64 = torch.float32, torch.float64
+_LARGE = 2**20  # elements
+_TEMPLATES = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in DTYPES}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _default = os.environ.get("FASTRLHF_BACKEND") or None
@@ -64,39 +65,56 @@ def choose(op: str, tensor: Tensor, backend: str | None) -> str:
     raise ValueError(f"backend: must be one of {BACKENDS}, got {name!r}")
 
 
-def threads() -> int:
-    """The kernels use as many threads as torch does."""
-    return torch.get_num_threads()
+threads = torch.get_num_threads  # the kernels use as many as torch does
 
 
 def result_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 where an input is, float32 otherwise."""
     for t in tensors:
-        if t is not None and t.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
+        if t is not None and t.dtype is _FLOAT64:
+            return _FLOAT64
+    return _FLOAT32
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory for the extension to write: always on the CPU and of this dtype, whatever torch's defaults are."""
-    return _huge(torch.empty(shape, dtype=dtype, device=_CPU))
+    """Memory for the extension to write: always on the CPU and of this dtype, whatever torch's defaults are. A template's
+    `new_empty` of sizes, not of a shape, takes half the time of `torch.empty`."""
+    template = _TEMPLATES[dtype]
+    t = template.new_empty(*shape) if shape else torch.empty_like(template)
+    return _huge(t) if t.numel() > _LARGE else t
 
 
 def _huge(t: Tensor) -> Tensor:
-    if t.numel() > 2**20:
-        _cpu.prefer_huge_pages(t.data_ptr(), t.nbytes)
+    _cpu.prefer_huge_pages(t.data_ptr(), t.nbytes)
     return t
 
 
 def empty_as(like: Tensor, dtype: torch.dtype) -> Tensor:
     """The same, of a tensor's shape; the quickest way there is where the tensor is one like it."""
     if like.dtype is dtype and like.is_contiguous():
-        return _huge(torch.empty_like(like))
+        t = torch.empty_like(like)
+        return _huge(t) if t.numel() > _LARGE else t
     return empty(like.shape, dtype)
 
 
+def empties(like: Tensor, dtype: torch.dtype, *wanted: bool) -> list[Any]:
+    """`empty_as` for several outputs; None for those not wanted."""
+    if like.dtype is dtype and like.numel() <= _LARGE and like.is_contiguous():
+        return [torch.empty_like(like) if w else None for w in wanted]
+    return [empty_as(like, dtype) if w else None for w in wanted]
+
+
 def empty_scalar(dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(_SCALARS[dtype])
+    return torch.empty_like(_TEMPLATES[dtype])
+
+
+def empty_stats(names: tuple[str, ...]) -> Tensor:
+    """A loss's statistics."""
+    return _TEMPLATES[_FLOAT32].new_empty(len(names))
+
+
+def scalar(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.full_like(_TEMPLATES[dtype], value)
 
 
 def address(t: Tensor | None) -> int:
@@ -107,7 +125,7 @@ def matrix(t: Tensor) -> tuple[int, int, int, int, int]:
     """(..., V) with last stride 1 as the extension takes it; `with_rows` has made sure that the rows have two strides."""
     stride = t.stride()
     if len(stride) == 2:
-        return (t.data_ptr(), DTYPES[t.dtype], max(t.shape[0], 1), 0, stride[0])
+        return (t.data_ptr(), DTYPES[t.dtype], 1, stride[0], 0)
     if len(stride) == 3:
         return (t.data_ptr(), DTYPES[t.dtype], max(t.shape[1], 1), stride[0], stride[1])
     return (t.data_ptr(), DTYPES[t.dtype], 1, t.shape[-1], 0)
@@ -125,19 +143,17 @@ def with_rows(t: Tensor) -> Tensor:
         return t.contiguous().view(-1, t.shape[-2], t.shape[-1])
 
 
-def tokens(t: Tensor | None) -> tuple[int, int, int, int, bool] | None:
+Array = tuple[int, int, tuple[int, ...], bool]  # as the extension takes an input of one or two dimensions
+
+
+def tokens(t: Tensor | None) -> Array | None:
     """(B, T) or packed (total), any strides."""
-    if t is None:
-        return None
-    stride = t.stride()
-    if len(stride) == 2:
-        return (t.data_ptr(), DTYPES[t.dtype], stride[0], stride[1], False)
-    return (t.data_ptr(), DTYPES[t.dtype], 0, stride[0], False)
+    return None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(), False)
 
 
-def row_values(t: Tensor | None) -> tuple[int, int, int, int, bool] | None:
+def row_values(t: Tensor | None) -> Array | None:
     """(B): one value for each row."""
-    return None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride()[0], 0, True)
+    return None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(), True)
 
 
 def row_shape(t: Tensor, cu_seqlens: Tensor | None = None) -> tuple[int, int, int, int]:
@@ -158,6 +174,17 @@ def disjoint_rows(t: Tensor) -> bool:
             return False
         extent = stride * size
     return True
+
+
+def in_line(t: Tensor) -> Tensor:
+    """t, or a copy of it, as `elements` takes it."""
+    return t if t.dim() == 1 else t.contiguous()
+
+
+def elements(t: Tensor) -> Array:
+    """All elements as one row, or as one value for each row, for ops to which the shape means nothing. No view: making one
+    takes longer than all the rest of handing a tensor over."""
+    return (t.data_ptr(), DTYPES[t.dtype], t.stride() if t.dim() == 1 else (1,), False)
 
 
 def flat(t: Tensor) -> Tensor:

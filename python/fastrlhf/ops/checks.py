@@ -24,6 +24,18 @@ def tensor(name: str, t: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
         raise TypeError(f"{name}: expected one of {[str(d) for d in dtypes]}, got {t.dtype}")
 
 
+def logits(name: str, t: Any) -> torch.Size:
+    """(..., V) with V >= 1 and last stride 1; returns the shape."""
+    if not isinstance(t, Tensor) or t.dtype not in FLOATS:
+        tensor(name, t)
+    shape: torch.Size = t.shape
+    if len(shape) < 1 or shape[-1] < 1:
+        raise ValueError(f"{name}: expected shape (..., V) with V >= 1, got {shape_of(t)}")
+    if shape[-1] > 1 and t.stride()[-1] != 1:
+        raise ValueError(f"{name}: expected last stride 1, got {t.stride(-1)}; call .contiguous()")
+    return shape
+
+
 def like(name: str, t: Any, other_name: str, other: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """A tensor of another's shape and device."""
     if not isinstance(t, Tensor) or t.dtype not in dtypes:
@@ -51,7 +63,7 @@ def rows(name: str, t: Any, count: int, what: str, like_: Tensor, dtypes: tuple[
 
 def number(name: str, x: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
     """A finite number in [low, high], or (low, high]."""
-    if type(x) is float and low < x < high:
+    if type(x) is float and low < x <= high and x != math.inf:
         return
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
@@ -62,6 +74,8 @@ def number(name: str, x: Any, *, low: float = -math.inf, high: float = math.inf,
 
 def temperature(x: Any) -> None:
     """Where the arithmetic of scaled differences holds."""
+    if type(x) is float and 1e-20 <= x <= 1e20:
+        return
     number("temperature", x, low=0, open_low=True)
     if not 1e-20 <= x <= 1e20:
         raise ValueError(f"temperature: expected in [1e-20, 1e20], got {x}")

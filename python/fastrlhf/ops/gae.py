@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.gae import reference
 from ..kernels.kl.reference import KINDS
 from . import checks
-from .backend import address, choose, empty_as, extension, result_dtype, row_shape, row_values, threads, tokens
+from .backend import address, choose, empties, extension, result_dtype, row_shape, row_values, threads, tokens
 from .library import Op
 from .masked_stats import whiten as masked_whiten
 
@@ -232,11 +232,10 @@ def _check_recursion(
 ) -> tuple[int, Tensor | None, float]:
     checks.number("gamma", gamma, low=0, high=1)
     mode = checks.one_of("mask_mode", mask_mode, reference.MASK_MODES)
-    count = checks.row_count(like, cu)
     if bootstrap is not None:
-        checks.rows("bootstrap", bootstrap, count, "sequence", like)
+        checks.rows("bootstrap", bootstrap, checks.row_count(like, cu), "sequence", like)
     if isinstance(lam, Tensor):
-        checks.rows("lam", lam, count, "sequence", like)
+        checks.rows("lam", lam, checks.row_count(like, cu), "sequence", like)
         return mode, lam.detach().double().contiguous(), 1.0
     checks.number("lam", lam, low=0, high=1)
     return mode, None, float(lam)
@@ -286,10 +285,8 @@ def _rollout_implementation(
     """`like`: the rewards where they are given, the logprobs where they are to be shaped."""
     dtype = result_dtype(like, ref_logprobs, values, rewards)
     shaping = rewards is None
-    shaped, kls = (empty_as(like, dtype), empty_as(like, dtype)) if shaping else (None, None)
-    recursion = values is not None or not shaping
-    advantages = empty_as(like, dtype) if recursion else None
-    returns = empty_as(like, dtype) if values is not None else None
+    valued = values is not None
+    shaped, kls, advantages, returns = empties(like, dtype, shaping, shaping, valued or not shaping, valued)
     kl_coef, score_clip, kl_clip, gamma, lam = numbers
     extension().rollout(
         row_shape(like, cu_seqlens), dtype == torch.float64, tokens(rewards), row_values(scores),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.kl import reference
 from . import checks
-from .backend import address, choose, empty, empty_as, extension, flat, matrix, result_dtype, threads, tokens, with_rows
+from .backend import address, choose, elements, empty, empty_as, extension, in_line, matrix, result_dtype, threads, with_rows
 from .library import Op
 
 
@@ -61,10 +61,8 @@ def kl(
 def _run_kl(logprobs: Tensor, ref: Tensor, options: tuple[Any, ...], grad: Tensor | None) -> Tensor:
     dtype = result_dtype(logprobs, ref)
     out = empty_as(logprobs, dtype)
-    x, y = flat(logprobs), flat(ref)
-    extension().kl(
-        (1, x.shape[0], 0, 0), dtype == torch.float64, tokens(x), tokens(y), *options, address(grad), out.data_ptr(), threads()
-    )
+    x, y, shape = in_line(logprobs), in_line(ref), (1, logprobs.numel(), 0, 0)
+    extension().kl(shape, dtype == torch.float64, elements(x), elements(y), *options, address(grad), out.data_ptr(), threads())
     return out
 
 
@@ -136,19 +134,15 @@ def kl_full(
 
     Source: Kullback & Leibler 1951; Lin 1991 for js.
     """
-    checks.tensor("logits", logits)
+    shape = checks.logits("logits", logits)
     checks.like("ref_logits", ref_logits, "logits", logits, (logits.dtype,))
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {checks.shape_of(logits)}")
-    for name, t in (("logits", logits), ("ref_logits", ref_logits)):
-        if t.stride(-1) != 1 and t.shape[-1] > 1:
-            raise ValueError(f"{name}: expected last stride 1, got {t.stride(-1)}; call .contiguous()")
+    checks.logits("ref_logits", ref_logits)
     code = checks.one_of("direction", direction, reference.DIRECTIONS)
     checks.temperature(temperature)
     if mask is not None:
         checks.tensor("mask", mask, checks.MASKS)
-        if mask.shape != logits.shape[:-1]:
-            raise ValueError(f"mask: expected shape {tuple(logits.shape[:-1])}, got {checks.shape_of(mask)}")
+        if mask.shape != shape[:-1]:
+            raise ValueError(f"mask: expected shape {tuple(shape[:-1])}, got {checks.shape_of(mask)}")
         checks.same_device("mask", mask, "logits", logits)
     if choose("kl_full", logits, backend) == "reference":
         return reference.kl_full(logits, ref_logits, direction=direction, temperature=temperature, mask=mask)
@@ -162,9 +156,9 @@ def _kl_full_forward(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None, direction: int, temperature: float, save: bool
 ) -> tuple[Tensor, Tensor | None]:
     x, y, vocab = with_rows(logits), with_rows(ref_logits), logits.shape[-1]
-    rows, dtype = logits.numel() // vocab, result_dtype(logits)
-    out = empty(logits.shape[:-1], dtype)
-    stats = empty((*logits.shape[:-1], 4), dtype) if save else None
+    rows, dtype, lead = logits.numel() // vocab, result_dtype(logits), logits.shape[:-1]
+    out = empty(lead, dtype)
+    stats = empty((*lead, 4), dtype) if save else None
     extension().kl_full_forward(
         matrix(x), matrix(y), rows, vocab, direction, temperature, address(mask), out.data_ptr(), address(stats), threads()
     )

@@ -84,13 +84,9 @@ def logprobs(
 
     Source: online softmax, Milakov & Gimelshein 2018; the definition is ``fastrlhf.kernels.logprobs.reference``.
     """
-    checks.tensor("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {checks.shape_of(logits)}")
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        raise ValueError(f"logits: expected last stride 1, got {logits.stride(-1)}; call .contiguous()")
+    shape = checks.logits("logits", logits)
+    lead, vocab = shape[:-1], shape[-1]
     checks.tensor("labels", labels, INTEGERS)
-    lead = logits.shape[:-1]
     if labels.shape != lead and not (labels.dim() == logits.dim() and labels.shape[:-1] == lead and labels.shape[-1] > 0):
         raise ValueError(
             f"labels: expected shape {tuple(lead)} or {tuple(lead)} + (K,) for logits {checks.shape_of(logits)}, "
@@ -109,7 +105,7 @@ def logprobs(
         checks.temperature(temperature)
     if softcap is not None:
         checks.positive_or_none("softcap", softcap)
-    parallel = None if vocab_parallel is None else _vocab_parallel(vocab_parallel, logits.shape[-1])
+    parallel = None if vocab_parallel is None else _vocab_parallel(vocab_parallel, vocab)
     if kept is not None:
         _check_kept(kept, logits)
 
@@ -120,7 +116,7 @@ def logprobs(
         mask = kept.contiguous()
     elif kept is not None:
         indptr, indices = kept[0].long().contiguous(), kept[1].long().contiguous()
-    start, total = (parallel.vocab_start, parallel.vocab_size) if parallel else (0, logits.shape[-1])
+    start, total = (parallel.vocab_start, parallel.vocab_size) if parallel else (0, vocab)
     if inplace_backward and not disjoint_rows(logits):
         raise ValueError(f"inplace_backward: rows of logits share memory (strides {logits.stride()})")
     shared = (

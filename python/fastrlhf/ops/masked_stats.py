@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.masked_stats import reference
 from . import checks
-from .backend import address, choose, empty, empty_as, extension, flat, result_dtype, row_shape, threads, tokens
+from .backend import address, choose, empty, empty_as, extension, flat, result_dtype, row_shape, scalar, threads, tokens
 from .distributed import all_reduce_sum, merge_moments
 from .library import Op, present
 
@@ -243,7 +243,7 @@ def row_sums(x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor |
 def _var_forward(x: Tensor, mask: Tensor | None, unbiased: bool) -> Tensor:
     n, _, m2 = moments(x, mask)
     over = n - 1 if unbiased else n
-    return torch.tensor(m2 / over if over > 0 else 0.0, dtype=result_dtype(x), device="cpu")
+    return scalar(m2 / over if over > 0 else 0.0, result_dtype(x))
 
 
 def _setup_var(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

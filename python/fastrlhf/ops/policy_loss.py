@@ -17,6 +17,7 @@ from .backend import (
     choose,
     empty_as,
     empty_scalar,
+    empty_stats,
     extension,
     result_dtype,
     row_shape,
@@ -29,9 +30,6 @@ from .library import Op, present
 from .stats import LossStats
 
 _NAMES = {"gpg": "reinforce"}
-
-
-_STATS = torch.empty(len(reference.STATS), dtype=torch.float32, device="cpu")
 
 
 class PolicyLoss(NamedTuple):
@@ -119,14 +117,13 @@ def policy_loss(
     cu = checks.token_matrix("logprobs", logprobs, cu_seqlens)
     checks.like("old_logprobs", old_logprobs, "logprobs", logprobs)
     checks.tensor("advantages", advantages)
-    count = checks.row_count(logprobs, cu)
-    if advantages.shape != logprobs.shape and not (
-        advantages.dim() == 1 and advantages.shape[0] == count and (logprobs.dim() == 2 or cu is not None)
-    ):
-        raise ValueError(
-            f"advantages: expected the shape of logprobs, {checks.shape_of(logprobs)}, or ({count},), got "
-            f"{checks.shape_of(advantages)}"
-        )
+    if advantages.shape != logprobs.shape:
+        count = checks.row_count(logprobs, cu)
+        if advantages.shape != (count,) or (logprobs.dim() == 1 and cu is None):
+            raise ValueError(
+                f"advantages: expected the shape of logprobs, {checks.shape_of(logprobs)}, or ({count},), got "
+                f"{checks.shape_of(advantages)}"
+            )
     checks.same_device("advantages", advantages, "logprobs", logprobs)
     if mask is not None:
         checks.like("mask", mask, "logprobs", logprobs, checks.MASKS)
@@ -253,7 +250,7 @@ def _forward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     dtype = result_dtype(logprobs, old_logprobs, advantages)
     shape = row_shape(logprobs, cu_seqlens)
-    loss, stats = empty_scalar(dtype), torch.empty_like(_STATS)
+    loss, stats = empty_scalar(dtype), empty_stats(reference.STATS)
     d_logprobs = empty_as(logprobs, dtype) if grad else None
     d_entropy = empty_as(logprobs, dtype) if grad_entropy else None
     per_row = advantages.shape != logprobs.shape

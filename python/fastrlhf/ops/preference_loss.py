@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.preference_loss import reference
 from . import checks
-from .backend import address, choose, empty_as, empty_scalar, extension, result_dtype, row_values
+from .backend import address, choose, empties, empty_scalar, empty_stats, extension, result_dtype, row_values
 from .library import Op, present
 from .policy_loss import read_denominator
 from .stats import LossStats
@@ -19,7 +19,6 @@ _NAMES = {"cdpo": "dpo", "spin": "dpo"}
 _STATS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "sft_loss")
 _OPTIONS = ("reward_scale", "margin", "desirable_weight", "undesirable_weight", "sft_coef")
 _REWARD_STATS = ("accuracy", "margin", "chosen_mean", "rejected_mean")
-_EMPTY_STATS = torch.empty(len(_STATS), dtype=torch.float32, device="cpu")
 
 
 class PreferenceLoss(NamedTuple):
@@ -119,9 +118,10 @@ def preference_loss(
             checks.number(name, value)
     if (ref_chosen is None) != (ref_rejected is None):
         raise ValueError("ref_chosen, ref_rejected: give both or neither")
-    if kind in ("simpo", "orpo") and ref_chosen is not None:
-        raise ValueError(f"ref_chosen: kind '{kind}' has no reference, got a tensor")
-    if kind not in ("simpo", "orpo") and ref_chosen is None:
+    if kind in ("simpo", "orpo"):
+        if ref_chosen is not None:
+            raise ValueError(f"ref_chosen: kind '{kind}' has no reference, got a tensor")
+    elif ref_chosen is None:
         raise ValueError(f"ref_chosen: kind '{kind}' needs the reference's log-probs, got None")
     if kind.startswith("rpo") and (chosen_rewards is None or rejected_rewards is None):
         raise ValueError(f"chosen_rewards, rejected_rewards: kind '{kind}' needs both")
@@ -167,15 +167,21 @@ def _pair_statistics(c: Tensor, r: Tensor, scale: float) -> Tensor:
     return torch.stack([(c > r).sum() / n, scale * (c - r).sum() / n, scale * c.sum() / n, scale * r.sum() / n])
 
 
-def _run(chosen: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, denominator, code, numbers = arguments
+def _run(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None, chosen_rewards: Tensor | None,
+    rejected_rewards: Tensor | None, chosen_lengths: Tensor | None, baseline: Tensor | None, denominator: Any, kind: int,
+    numbers: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     given = denominator.detach() if isinstance(denominator, Tensor) else None
     number = math.nan
     if denominator is not None and given is None:
         checks.number("denominator", denominator, low=0, open_low=True)
         number = float(denominator)
-    grad = torch.is_grad_enabled() and (chosen.requires_grad or tensors[0].requires_grad)
-    loss, losses, stats, *_ = _preference_loss(chosen, *tensors, given, code, numbers, number, grad)
+    grad = torch.is_grad_enabled() and (chosen.requires_grad or rejected.requires_grad)
+    loss, losses, stats, *_ = _preference_loss(
+        chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, chosen_lengths, baseline, given, kind,
+        numbers, number, grad,
+    )  # fmt: skip
     if chosen.shape[0] == 0:  # an absent result and an empty one look alike
         losses = chosen.to(loss.dtype)
     return loss, losses, stats.detach() if stats.requires_grad else stats
@@ -197,25 +203,29 @@ def _forward(
     numbers: list[float], denominator: float, grad: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     dtype = result_dtype(chosen, rejected)
-    loss, losses = empty_scalar(dtype), empty_as(chosen, dtype)
-    stats = torch.empty_like(_EMPTY_STATS)
-    slopes = [empty_as(chosen, dtype) if grad else None for _ in range(4)]
-    scalars = list(numbers)
+    loss, stats = empty_scalar(dtype), empty_stats(_stats_of(kind))
+    losses, d_chosen, d_rejected, mean_d_chosen, mean_d_rejected = empties(chosen, dtype, True, grad, grad, grad, grad)
     if baseline is not None:
-        scalars[4] = float(baseline.item())
-    scalars.append(denominator if given is None else read_denominator(given))
-    inputs = (chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, chosen_lengths)
+        numbers = [*numbers[:4], float(baseline.item()), *numbers[5:]]
     extension().preference_loss(
-        chosen.shape[0], dtype == torch.float64, kind, tuple(row_values(t) for t in inputs), tuple(scalars),
-        (loss.data_ptr(), losses.data_ptr(), *(address(t) for t in slopes), stats.data_ptr()),
+        chosen.shape[0], dtype == torch.float64, kind,
+        (row_values(chosen), row_values(rejected), row_values(ref_chosen), row_values(ref_rejected),
+         row_values(chosen_rewards), row_values(rejected_rewards), row_values(chosen_lengths)),
+        (*numbers, denominator if given is None else read_denominator(given)),
+        (loss.data_ptr(), losses.data_ptr(), address(d_chosen), address(d_rejected), address(mean_d_chosen),
+         address(mean_d_rejected), stats.data_ptr()),
     )  # fmt: skip
-    return loss, losses, stats, *slopes
+    return loss, losses, stats, d_chosen, d_rejected, mean_d_chosen, mean_d_rejected
+
+
+def _stats_of(kind: int) -> tuple[str, ...]:
+    return _STATS if kind < len(reference.KINDS) else _REWARD_STATS
 
 
 def _fake(chosen: Tensor, rejected: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     dtype = torch.float64 if torch.float64 in (chosen.dtype, rejected.dtype) else torch.float32
     slopes = [chosen.new_empty(chosen.shape, dtype=dtype) if rest[-1] else None for _ in range(4)]
-    stats = chosen.new_empty(len(_STATS), dtype=torch.float32)
+    stats = chosen.new_empty(len(_stats_of(rest[-4])), dtype=torch.float32)
     return chosen.new_empty((), dtype=dtype), chosen.new_empty(chosen.shape, dtype=dtype), stats, *slopes
 
 
@@ -289,4 +299,4 @@ def reward_loss(
     code = len(reference.KINDS) + reference.REWARD_KINDS.index(kind)
     numbers = [1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
     loss, losses, stats = _run(chosen, rejected, None, None, margin, None, None, None, denominator, code, numbers)
-    return PreferenceLoss(loss, losses, LossStats(stats[: len(_REWARD_STATS)], _REWARD_STATS))
+    return PreferenceLoss(loss, losses, LossStats(stats, _REWARD_STATS))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.preference_loss import reference
 from . import checks
-from .backend import address, choose, empty, empty_scalar, extension, flat, result_dtype, row_values
+from .backend import address, choose, elements, empty, empty_scalar, empty_stats, extension, in_line, result_dtype
 from .library import Op, present
 from .stats import LossStats
 
@@ -53,25 +53,18 @@ def regression_loss(
         return RegressionLoss(loss, LossStats(values, _REGRESSION_STATS))
     grad = torch.is_grad_enabled() and predictions.requires_grad
     loss, stats, _ = _regression_loss(predictions, targets, float(ignore_value), grad)
-    return RegressionLoss(loss, LossStats(stats.detach(), _REGRESSION_STATS))
+    return RegressionLoss(loss, LossStats(stats.detach() if stats.requires_grad else stats, _REGRESSION_STATS))
 
 
 def _regression_forward(
     predictions: Tensor, targets: Tensor, ignore_value: float, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     dtype = result_dtype(predictions, targets)
-    p, t = flat(predictions).contiguous(), flat(targets).contiguous()
-    loss, stats = empty_scalar(dtype), empty((len(_REGRESSION_STATS),), torch.float32)
+    p, t = in_line(predictions), in_line(targets)
+    loss, stats = empty_scalar(dtype), empty_stats(_REGRESSION_STATS)
     d = empty(predictions.shape, dtype) if grad else None
     extension().regression_loss(
-        p.shape[0],
-        dtype == torch.float64,
-        row_values(p),
-        row_values(t),
-        ignore_value,
-        loss.data_ptr(),
-        address(d),
-        stats.data_ptr(),
+        p.numel(), dtype == torch.float64, elements(p), elements(t), ignore_value, loss.data_ptr(), address(d), stats.data_ptr()
     )
     return loss, stats, d
 

@@ -65,19 +65,14 @@ def sample(
         TypeError, ValueError: dtype, shape or device that do not fit, an option outside its range, a row without a
         largest finite logit.
     """
-    checks.tensor("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {checks.shape_of(logits)}")
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        raise ValueError(f"logits: expected last stride 1, got {logits.stride(-1)}; call .contiguous()")
+    checks.logits("logits", logits)
     rows: list[Tensor | None] = [None] * 4
     scalars = [1.0, 0.0, 1.0, 0.0]
-    given = (temperature, top_k, top_p, min_p)
-    for i, (name, low, high, open_low) in enumerate(_RANGES):
-        value = given[i]
+    for i, value in enumerate((temperature, top_k, top_p, min_p)):
         if isinstance(value, Tensor):
-            rows[i] = _per_row(name, value, logits, low, high, open_low)
+            rows[i] = _per_row(*_RANGES[i], value, logits)
         elif value != scalars[i]:
+            name, low, high, open_low = _RANGES[i]
             checks.number(name, value, low=low, high=high, open_low=open_low)
             if name == "temperature" and value != 0:
                 checks.temperature(value)
@@ -110,7 +105,7 @@ def sample(
     return Sample(tokens, lp if logprobs else None, (indptr, _kept_indices(logits, thresholds, indptr)))
 
 
-def _per_row(name: str, value: Tensor, logits: Tensor, low: float, high: float, open_low: bool) -> Tensor:
+def _per_row(name: str, low: float, high: float, open_low: bool, value: Tensor, logits: Tensor) -> Tensor:
     checks.tensor(name, value, (torch.int32, torch.int64) if name == "top_k" else FLOATS)
     if value.shape != logits.shape[:-1]:
         raise ValueError(f"{name}: expected shape {tuple(logits.shape[:-1])}, one for each row, got {checks.shape_of(value)}")
@@ -131,13 +126,13 @@ def _forward(
     rows, lead = logits.numel() // vocab, logits.shape[:-1]
     tokens = empty(lead, torch.int64)
     lp = empty(lead, torch.float32) if logprobs else None
-    thresholds = empty((rows,), torch.float32)
+    thresholds = empty((rows,), torch.float32) if kept else None
     counts = empty((rows,), torch.int64) if kept else None
     temperature, top_k, top_p, min_p = scalars
     extension().sample(
         matrix(x), rows, vocab, (temperature, int(top_k), top_p, min_p, seed),
-        tuple(address(t) for t in (temperatures, top_ks, top_ps, min_ps, seeds)),
-        tokens.data_ptr(), address(lp), thresholds.data_ptr(), address(counts), threads(),
+        (address(temperatures), address(top_ks), address(top_ps), address(min_ps), address(seeds)),
+        tokens.data_ptr(), address(lp), address(thresholds), address(counts), threads(),
     )  # fmt: skip
     return tokens, lp, thresholds, counts
 
@@ -148,7 +143,7 @@ def _fake(logits: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     return (
         logits.new_empty(lead, dtype=torch.int64),
         logits.new_empty(lead, dtype=torch.float32) if logprobs else None,
-        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.float32) if kept else None,
         logits.new_empty(rows, dtype=torch.int64) if kept else None,
     )
 

@@ -11,12 +11,10 @@ from torch import Tensor
 from ..kernels.policy_loss.reference import REDUCTIONS
 from ..kernels.value_loss import reference
 from . import checks
-from .backend import address, choose, empty_as, empty_scalar, extension, result_dtype, row_shape, threads, tokens
+from .backend import address, choose, empty_as, empty_scalar, empty_stats, extension, result_dtype, row_shape, threads, tokens
 from .library import Op, present
 from .policy_loss import global_denominator, read_denominator
 from .stats import LossStats
-
-_STATS = torch.empty(len(reference.STATS), dtype=torch.float32, device="cpu")
 
 
 class ValueLoss(NamedTuple):
@@ -96,7 +94,7 @@ def _forward(
     given: Tensor | None, clip: float, reduction: int, denominator: float, grad: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     dtype = result_dtype(values, returns)
-    loss, stats = empty_scalar(dtype), torch.empty_like(_STATS)
+    loss, stats = empty_scalar(dtype), empty_stats(reference.STATS)
     d_values = empty_as(values, dtype) if grad else None
     extension().value_loss(
         row_shape(values, cu_seqlens), dtype == torch.float64, tokens(values), tokens(old_values), tokens(returns),
