@@ -117,11 +117,24 @@ def grpo(checkpoint: Path, data: Path, turns: int) -> dict[str, Any]:
         model=str(checkpoint),
         reward_funcs=length,
         args=TheirConfig(
-            output_dir=str(scratch / "trl"), per_device_train_batch_size=GROUPS * GROUP, num_generations=GROUP,
-            max_completion_length=NEW, beta=0.04, learning_rate=1e-5, max_steps=turns + 1, use_cpu=True, bf16=False,
-            gradient_checkpointing=False, temperature=1.0, top_k=0, report_to="none", save_strategy="no",
-            logging_steps=1000, disable_tqdm=True, lr_scheduler_type="constant",
-        ),  # fmt: skip
+            output_dir=str(scratch / "trl"),
+            per_device_train_batch_size=GROUPS * GROUP,
+            num_generations=GROUP,
+            max_completion_length=NEW,
+            beta=0.04,
+            learning_rate=1e-5,
+            max_steps=turns + 1,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            temperature=1.0,
+            top_k=0,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1000,
+            disable_tqdm=True,
+            lr_scheduler_type="constant",
+        ),
         train_dataset=Dataset.from_list([{"prompt": rows[i]["question"]} for i in range(400)]),
         processing_class=load_tokenizer(checkpoint),
         callbacks=[Turns()],
@@ -137,7 +150,10 @@ def grpo(checkpoint: Path, data: Path, turns: int) -> dict[str, Any]:
 def summary(what: str, figures: dict[str, list[float]], other: str, *, faster: bool) -> dict[str, Any]:
     medians = {n: statistics.median(f) for n, f in figures.items()}
     pairs = [a / b if faster else b / a for a, b in zip(figures["fastrlhf"], figures[other], strict=True)]
-    print(f"{what}: " + ", ".join(f"{n} {m:.4g}" for n, m in medians.items()) + f"; {statistics.median(pairs):.2f}x {other}", flush=True)
+    print(
+        f"{what}: " + ", ".join(f"{n} {m:.4g}" for n, m in medians.items()) + f"; {statistics.median(pairs):.2f}x {other}",
+        flush=True,
+    )
     return {"what": what, "medians": medians, "turns": figures, "times_faster": statistics.median(pairs)}
 
 
@@ -160,7 +176,9 @@ def main() -> int:
         from importlib.metadata import version
 
         versions = {n: version(n) for n in ("torch", "transformers", "trl")}
-        arguments.out.write_text(json.dumps({"versions": versions, "threads": torch.get_num_threads(), "results": results}, indent=1) + "\n")
+        arguments.out.write_text(
+            json.dumps({"versions": versions, "threads": torch.get_num_threads(), "results": results}, indent=1) + "\n"
+        )
     return 0
 
 

@@ -48,7 +48,10 @@ def sft_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     rows = [
-        {"prompt": f"{a} {b}", "chosen": f" {a}", "rejected": f" {b} {b}", "margin": 0.1} for a in WORDS for b in WORDS if a != b
+        {"prompt": f"{a} {b}", "chosen": f" {a}", "rejected": f" {b} {b}", "margin": 0.1}
+        for a in WORDS
+        for b in WORDS
+        if a != b
     ]
     return write(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows)
 

@@ -2,7 +2,7 @@
 
 python examples/arithmetic/make_data.py --output build/arithmetic --train 4000 --held_out 200 --seed 0
 
-sft.jsonl          {"prompt", "completion", "answer"}
+sft.jsonl          {"prompt", "completion", "answer"}; with --careless, that share of the completions ends in a wrong answer
 preferences.jsonl  {"prompt", "chosen", "rejected"}: the worked solution, and one that comes to a wrong answer
 prompts.jsonl      {"prompt", "answer"}: what the policy is asked in RL
 held_out.jsonl     {"prompt", "answer"}: no training file has a problem that begins with the same number and the
@@ -152,6 +152,11 @@ def unfinished(problem: Problem, random: Random) -> str:
     return problem.working.rpartition("=")[0]
 
 
+def careless(problem: Problem) -> str:
+    """The working is right, the answer is the result before the last: the mistake that demonstrations have."""
+    return f"{problem.working}. {problem.values[-2]}"
+
+
 MISTAKES = (miscounted, miscounted, misread, skipped, miscopied, unworked, unfinished)
 
 
@@ -164,8 +169,12 @@ def rejected(problem: Problem, random: Random) -> str:
             return wrong
 
 
-def make(train: int, held_out: int, seed: int, difficulty: Difficulty = Difficulty()) -> dict[str, list[dict[str, Any]]]:
+def make(
+    train: int, held_out: int, seed: int, difficulty: Difficulty = Difficulty(), careless_share: float = 0.0
+) -> dict[str, list[dict[str, Any]]]:
     """The rows of each file, `train` in each of the three and `held_out` in the last; the same for the same arguments.
+
+    careless_share: of the demonstrations in sft.jsonl, those that end in a wrong answer; so much is left for RL to mend.
 
     Raises:
         ValueError: more held-out problems than a quarter of the beginnings there are; numbers that make no problem.
@@ -173,6 +182,8 @@ def make(train: int, held_out: int, seed: int, difficulty: Difficulty = Difficul
     for name, value in (("train", train), ("held_out", held_out), ("largest_start", difficulty.largest_start - 1)):
         if value < 1:
             raise ValueError(f"{name}: too few, got {value}")
+    if not 0 <= careless_share <= 1:
+        raise ValueError(f"careless_share: expected in [0, 1], got {careless_share}")
     if difficulty.largest_step < 1 or difficulty.most_steps < 2:
         raise ValueError(f"largest_step, most_steps: expected at least 1 and 2, got {difficulty}")
     if held_out > difficulty.keys() // 4:
@@ -189,9 +200,13 @@ def make(train: int, held_out: int, seed: int, difficulty: Difficulty = Difficul
         random = Random(f"{seed} {name}")
         return [row(p, p.prompt(random), random) for p in _others(difficulty, kept.keys(), random, train)]
 
+    def shown(problem: Problem, random: Random) -> str:
+        slips = random.random() < careless_share and problem.values[-2] != problem.answer
+        return careless(problem) if slips else problem.solution
+
     return {
         "sft.jsonl": training(
-            "sft.jsonl", lambda p, prompt, _: {"prompt": prompt, "completion": p.solution, "answer": p.answer}
+            "sft.jsonl", lambda p, prompt, r: {"prompt": prompt, "completion": shown(p, r), "answer": p.answer}
         ),
         "preferences.jsonl": training(
             "preferences.jsonl", lambda p, prompt, r: {"prompt": prompt, "chosen": p.solution, "rejected": rejected(p, r)}
@@ -218,10 +233,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--largest_start", type=int, default=Difficulty.largest_start, help="largest first number")
     parser.add_argument("--largest_step", type=int, default=Difficulty.largest_step, help="largest number of a step")
     parser.add_argument("--most_steps", type=int, default=Difficulty.most_steps, help="steps of the longest problem")
+    parser.add_argument("--careless", type=float, default=0.0, help="share of the demonstrations that end in a wrong answer")
     given = parser.parse_args(argv)
     difficulty = Difficulty(given.largest_start, given.largest_step, given.most_steps)
     try:
-        files = make(given.train, given.held_out, given.seed, difficulty)
+        files = make(given.train, given.held_out, given.seed, difficulty, given.careless)
     except ValueError as error:
         parser.error(str(error))
     given.output.mkdir(parents=True, exist_ok=True)

@@ -109,7 +109,9 @@ def test_end_tokens_and_strings(model: Decoder) -> None:
         assert b.tokens == a.tokens[:end] and b.logprobs == a.logprobs[:end]
         assert b.ended == (third in a.tokens)
     word = Letters().decode(free[1][0].tokens[3:6])
-    by_text = EmbeddedEngine(model, Letters()).generate(given, Sampling(max_tokens=40, stop=(word, "no such text")), seeds=range(12))
+    by_text = EmbeddedEngine(model, Letters()).generate(
+        given, Sampling(max_tokens=40, stop=(word, "no such text")), seeds=range(12)
+    )
     assert by_text[1][0].tokens == free[1][0].tokens[:6] and by_text[1][0].finish_reason == "stop"
     with pytest.raises(ValueError, match="stop: strings need an engine with a tokenizer"):
         EmbeddedEngine(model).generate(given, Sampling(stop=("a",)))
@@ -118,7 +120,7 @@ def test_end_tokens_and_strings(model: Decoder) -> None:
 def test_completions_stream_as_they_end(model: Decoder) -> None:
     engine = EmbeddedEngine(model, max_sequences=4)
     seen = [f.prompt for f in engine.stream(prompts(), Sampling(max_tokens=5))]
-    assert sorted(seen) == list(range(12)) and seen != list(range(12)) or seen == list(range(12))
+    assert (sorted(seen) == list(range(12)) and seen != list(range(12))) or seen == list(range(12))
     first = next(iter(engine.stream(prompts(), Sampling(max_tokens=5))))
     assert len(first.completion.tokens) == 5
     assert engine.stats.completion_tokens < 12 * 5  # the rest was not yet drawn

@@ -33,7 +33,9 @@ class Case:
         take = [torch.cat([x[s][a:b] for s, a, b in spans]) for x in (self.q, self.k, self.v)]
         positions = torch.cat([torch.arange(a, b) for _, a, b in spans])
         sequences = torch.cat([torch.full((b - a,), s) for s, a, b in spans])
-        return paged_attention(*take, self.cos, self.sin, positions, sequences, self.table, *self.caches, backend=backend, **options)
+        return paged_attention(
+            *take, self.cos, self.sin, positions, sequences, self.table, *self.caches, backend=backend, **options
+        )
 
     def expected(self, s: int, window: int | None = None) -> torch.Tensor:
         def turn(x: torch.Tensor) -> torch.Tensor:
@@ -62,8 +64,8 @@ def test_chunks_and_steps_equal_attention_over_the_whole(
         [(0, 69, 70), (3, 15, 16)],
     ):
         out = case.run(spans, backend, window=window)
-        for (s, a, b), part in zip(spans, out.split([b - a for _, a, b in spans])):
-            got[s].append(part)
+        for span, part in zip(spans, out.split([b - a for _, a, b in spans])):
+            got[span[0]].append(part)
     for s in range(4):
         torch.testing.assert_close(torch.cat(got[s]).double(), case.expected(s, window), atol=2e-6, rtol=2e-5)
 
@@ -81,7 +83,11 @@ def test_a_tokens_result_is_its_own_to_the_bit(cpu: str) -> None:
     case = Case((70, 90, 33), 6, 2, 32, torch.float32)
     together = case.run([(0, 0, 70), (1, 0, 90), (2, 0, 33)], cpu).split([70, 90, 33])
     for s in range(3):
-        parts = [case.run([(s, at, min(at + step, len(together[s])))], cpu) for step in (7,) for at in range(0, len(together[s]), step)]
+        parts = [
+            case.run([(s, at, min(at + step, len(together[s])))], cpu)
+            for step in (7,)
+            for at in range(0, len(together[s]), step)
+        ]
         assert torch.equal(torch.cat(parts), together[s])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -172,7 +172,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
         return out._replace(loss=out.loss * float("nan")) if calls[0] == 2 else out
 
     monkeypatch.setattr(policy, "policy_loss", sour)
-    with pytest.raises(NotFinite, match=r"step 2: policy: the loss is nan, .*no weight was changed; the last checkpoint is .*step-000001"):
+    with pytest.raises(
+        NotFinite, match=r"step 2: policy: the loss is nan, .*no weight was changed; the last checkpoint is .*step-000001"
+    ):
         run("ppo", on_policy("--run.save_every", "1"))
     monkeypatch.undo()
     assert run("ppo", on_policy("--resume", "auto")).finished
@@ -196,13 +198,13 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert run("ppo", on_policy("--resume", "auto")).finished
 
 
-def test_a_checkpoint_of_another_shape_is_refused(
-    on_policy: Callable[..., list[str]], model_dir: str, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_shape_is_refused(on_policy: Callable[..., list[str]], model_dir: str, tmp_path: Path) -> None:
     run("grpo", on_policy("--completions_per_prompt", "2"))
     wider = Decoder(replace(read_config(model_dir), intermediate_size=64)).initialize(0)
     save_decoder(wider, tmp_path / "wider", tokenizer=load_tokenizer(model_dir))
-    words = on_policy("--completions_per_prompt", "2", "--model.path", str(tmp_path / "wider"), "--resume", "auto", "--steps", "9")
+    words = on_policy(
+        "--completions_per_prompt", "2", "--model.path", str(tmp_path / "wider"), "--resume", "auto", "--steps", "9"
+    )
     with pytest.raises(CheckpointError, match=r"policy: .*has shape \(32, 48\) in the checkpoint, expected \(32, 64\)"):
         run("grpo", words)
 
@@ -233,7 +235,10 @@ def test_bad_configurations_and_data_are_named(
         (["--kl.coeff", "1"], "kl.coeff: no such option; did you mean kl.coef?"),
         (["--sampling.max_tokens", "0"], "sampling.max_tokens"),
         (["--sampling.temperature", "0"], "sampling.temperature: training draws completions"),
-        (["--data.max_prompt_tokens", "120"], "data.max_prompt_tokens: 120 and sampling.max_tokens 12 exceed the model's context of 128"),
+        (
+            ["--data.max_prompt_tokens", "120"],
+            "data.max_prompt_tokens: 120 and sampling.max_tokens 12 exceed the model's context of 128",
+        ),
         (["--data.path", str(broken)], "broken.jsonl:2: "),
         (["--data.path", str(empty)], "empty.jsonl:1: the prompt is empty"),
         (["--data.path", str(other)], "other.jsonl:1: no field 'prompt'"),
@@ -259,7 +264,16 @@ def test_the_run_directory_has_everything(on_policy: Callable[..., list[str]], p
     words = on_policy("--data.held_out", prompts_file, "--data.held_out_limit", "4", "--run.tensorboard", "true")
     result = run("ppo", words)
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "report.png", "final", "checkpoints", "tensorboard"} <= names
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "report.html",
+        "report.png",
+        "final",
+        "checkpoints",
+        "tensorboard",
+    } <= names
     assert result.before.keys() == result.after.keys() >= {"reward", "reward/letters", "kl", "completion_length/mean"}
     assert {"reward", "kl", "policy/clip_fraction_high", "policy/entropy", "explained_variance", "completion_length/mean",
             "policy/rollout_mismatch_mean"} <= lines(tmp_path / "run")[1].keys()  # fmt: skip

@@ -22,9 +22,7 @@ class GRPOConfig(OnPolicyConfig):
 
     completions_per_prompt: int = option(8, "Completions of each prompt, its group.", low=1)
     kl: KLConfig = section(KLConfig, "The pull towards the reference.", coef=0.04, where="loss", kind="k3")
-    advantage: str = option(
-        "grpo", "How scores become advantages.", choices=("grpo", "dr_grpo", "rloo", "reinforce++", "opo")
-    )
+    advantage: str = option("grpo", "How scores become advantages.", choices=("grpo", "dr_grpo", "rloo", "reinforce++", "opo"))
 
 
 class GroupRelative(OnPolicy):

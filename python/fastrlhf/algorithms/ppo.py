@@ -42,7 +42,9 @@ class PPO(OnPolicy):
     def __init__(self, config: PPOConfig) -> None:
         super().__init__(config)
         if config.critic.warmup_steps >= config.steps:
-            raise ConfigError(f"critic.warmup_steps: expected fewer than the {config.steps} steps, got {config.critic.warmup_steps}")
+            raise ConfigError(
+                f"critic.warmup_steps: expected fewer than the {config.steps} steps, got {config.critic.warmup_steps}"
+            )
         model = self.policy.model
         self.critic = Critic(
             config.critic, config.model.path, seed=config.run.seed, total_steps=config.steps, rollout_size=self.rollout_size,
@@ -71,7 +73,10 @@ class PPO(OnPolicy):
         if config.kl.coef > 0:
             kl = rollout.logprobs - reference
             metrics |= {"kl": float(kl.mean())} | self.adapt_kl(float(kl.sum()) / len(rollout))
-        metrics |= {"returns": float(found.returns.mean()), "explained_variance": explained_variance(rollout.values, found.returns)}
+        metrics |= {
+            "returns": float(found.returns.mean()),
+            "explained_variance": explained_variance(rollout.values, found.returns),
+        }
         if step > config.critic.warmup_steps:
             metrics |= self.update_policy(rollout, found.advantages, step, progress)
         with self.timers("critic", tokens * config.critic.epochs), progress.phase("critic"):

@@ -38,7 +38,7 @@ class PreferenceConfig:
     margin_field: str = option("margin", "Field with the margin, where there is one.")
     max_tokens: int = option(1024, "Of the prompt with its longer completion.", low=1)
     overlong: str = option("skip", "skip counts them, error stops, truncate cuts.", choices=("skip", "error", "truncate"))
-    invalid: str = option("error", "What to do with an empty completion or sides that share no prompt.", choices=("error", "skip"))
+    invalid: str = option("error", "An empty completion, or sides that share no prompt.", choices=("error", "skip"))
 
 
 @dataclass
@@ -96,7 +96,7 @@ class RewardTraining:
             margin_field=data.margin_field, overlong=data.overlong, invalid=data.invalid,
         )  # fmt: skip
 
-    def step(self, step: int, progress: Progress) -> dict[str, Value]:
+    def step(self, step: int, progress: Progress) -> Mapping[str, Value]:
         self.touched = False
         pairs = self.stream.next(self.config.batch_size)
         count = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
@@ -170,7 +170,8 @@ class RewardTraining:
 
     def state(self) -> dict[str, Any]:
         return {
-            "optimizer": self.optimizer.save()[1], "data": self.stream.state_dict(), "mean": self.model.mean, "std": self.model.std,
+            "optimizer": self.optimizer.save()[1], "data": self.stream.state_dict(), "mean": self.model.mean,
+            "std": self.model.std,
         }  # fmt: skip
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:

@@ -16,9 +16,7 @@ class RLOOConfig(GRPOConfig):
 
     completions_per_prompt: int = option(4, "Completions of each prompt.", low=1)
     kl: KLConfig = section(KLConfig, "The pull towards the reference.", coef=0.05, where="reward", kind="k1")
-    advantage: str = option(
-        "rloo", "How scores become advantages.", choices=("grpo", "dr_grpo", "rloo", "reinforce++", "opo")
-    )
+    advantage: str = option("rloo", "How scores become advantages.", choices=("grpo", "dr_grpo", "rloo", "reinforce++", "opo"))
 
 
 class RLOO(GroupRelative):

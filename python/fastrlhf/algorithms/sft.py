@@ -76,7 +76,7 @@ class SFT:
             completion_template=data.completion_template, overlong=data.overlong, invalid=data.invalid,
         )  # fmt: skip
 
-    def step(self, step: int, progress: Progress) -> dict[str, Value]:
+    def step(self, step: int, progress: Progress) -> Mapping[str, Value]:
         self.touched = False
         conversations = self.stream.next(self.config.batch_size)
         count = sum(len(c.tokens) for c in conversations)

@@ -18,7 +18,7 @@ from ..training.loop import Result
 from ..training.report import write_report
 from .console import Console
 from .main import COMMANDS, _run
-from .train import before_and_after, train
+from .train import COLUMNS, arguments, before_and_after, train
 
 USAGE = """usage: fastrlhf chain FILE.yaml [--NAME VALUE ...]
 
@@ -67,7 +67,8 @@ def main(argv: Sequence[str]) -> int:
             console.message(f"{stage.name} took {time.monotonic() - begun:.0f} s")
         for name, result in results.items():
             if rows := before_and_after(result):
-                console.table(f"{name}: held-out", ["metric", "before", "after"], rows)
+                console.table(f"{name}: held-out", COLUMNS, rows)
+            console.samples(result.samples)
         directory = Path(variables.get("directory", "."))
         if results:
             report = write_report(directory)
@@ -91,7 +92,9 @@ def read(file: Path, words: Sequence[str]) -> tuple[dict[str, str], list[Stage]]
     except Exception as error:
         raise ConfigError(f"chain: {file} is no YAML: {error}") from error
     if not isinstance(tree, Mapping) or not isinstance(tree.get("stages"), list) or set(tree) - {"variables", "stages"}:
-        raise ConfigError(f"chain: {file}: expected the keys variables and stages, got {list(tree) if isinstance(tree, Mapping) else tree}")
+        raise ConfigError(
+            f"chain: {file}: expected the keys variables and stages, got {list(tree) if isinstance(tree, Mapping) else tree}"
+        )
     variables = {str(k): str(v) for k, v in (tree.get("variables") or {}).items()}
     variables |= _overrides(words, variables, file)
     variables["here"] = str(file.parent)
@@ -143,7 +146,11 @@ def _stage(given: Any, index: int, variables: Mapping[str, str], file: Path) -> 
 
 
 def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) else str(extra("yaml").safe_dump(value, default_flow_style=True, width=10**6)).removesuffix("...\n").strip()
+    return (
+        value
+        if isinstance(value, str)
+        else str(extra("yaml").safe_dump(value, default_flow_style=True, width=10**6)).removesuffix("...\n").strip()
+    )
 
 
 def run(stage: Stage, console: Console) -> Result | None:
@@ -156,8 +163,6 @@ def run(stage: Stage, console: Console) -> Result | None:
         console.message(f"== {stage.name}: {stage.command[0]}")
         status = subprocess.run(stage.command[0], shell=True, env=os.environ | {"PYTHON": sys.executable}).returncode
     elif stage.command[0] == "train":
-        from .train import arguments
-
         file, overrides = arguments(stage.command[2:])
         return train(stage.command[1], file, ["--run.resume", "auto", *overrides], progress=console)
     else:
@@ -166,5 +171,3 @@ def run(stage: Stage, console: Console) -> Result | None:
     if status:
         raise UserError(f"{stage.name}: ended with status {status}")
     return None
-
-

@@ -18,7 +18,7 @@ CHOSEN = (
     "*clip_fraction*", "*entropy", "*explained_variance", "*length/mean", "*length", "*grad_norm", "lr", "*/lr",
     "tokens_per_second/*", "seconds/step",
 )  # fmt: skip
-LINE_METRICS, TABLE_METRICS, SAMPLES, SAMPLE_TEXT = 8, 18, 4, 600
+LINE_METRICS, TABLE_METRICS, SAMPLES, SAMPLE_TEXT = 8, 18, 5, 600
 INTERVAL = 0.25
 """Seconds between two drawings."""
 

@@ -14,6 +14,9 @@ from .arguments import user_errors
 from .console import Console
 
 
+COLUMNS = ("held-out metric", "before", "after", "after / before")
+
+
 class Recipe(NamedTuple):
     """An algorithm's module under fastrlhf.algorithms, its configuration and its class."""
 
@@ -101,10 +104,14 @@ def show(progress: Progress, name: str, result: Result) -> None:
     """The table of before and after, and where the report is."""
     rows = before_and_after(result)
     if rows:
-        progress.table(f"{name}: held-out metrics", ["metric", "before", "after"], rows)
+        progress.table(f"{name}: held-out", COLUMNS, rows)
     progress.message(f"report: {result.directory / 'report.html'}")
 
 
 def before_and_after(result: Result) -> list[list[Any]]:
     names = [n for n in result.after if n in result.before and not n.startswith(("seconds", "tokens_per"))]
-    return [[n, result.before[n], result.after[n]] for n in names]
+    return [[n, result.before[n], result.after[n], _times(result.before[n], result.after[n])] for n in names]
+
+
+def _times(before: float, after: float) -> str:
+    return f"{after / before:.2f}x" if before > 0 and after >= 0 else ""

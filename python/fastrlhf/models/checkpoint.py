@@ -234,7 +234,8 @@ def _save(
     if len(shards) == 1:
         save_file(shards[0], directory / WEIGHTS, metadata={"format": "pt"})
     else:
-        where, total = {}, 0
+        where: dict[str, str] = {}
+        total = 0
         for i, shard in enumerate(shards):
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             save_file(shard, directory / name, metadata={"format": "pt"})

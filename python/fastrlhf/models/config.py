@@ -39,7 +39,8 @@ class DecoderConfig:
             raise ValueError(f"model_type: expected one of {tuple(ARCHITECTURES)}, got {self.model_type!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads: {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
+                f"num_attention_heads: {self.num_attention_heads} is no multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number for rotary positions, got {self.head_dim}")

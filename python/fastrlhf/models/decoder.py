@@ -169,6 +169,12 @@ class Decoder(nn.Module):
                 module.bias.zero_()
         return self
 
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """(key-value heads of this rank, their width)."""
+        config = self.config
+        return self.groups.tp.share("num_key_value_heads", config.num_key_value_heads), config.head_dim
+
     def linears(self) -> Iterator[tuple[str, ColumnParallelLinear | RowParallelLinear]]:
         """The projections of every layer, by name."""
         for name, module in self.named_modules():

@@ -53,7 +53,9 @@ def paged_attention(
     if k.shape != (n, kv_heads, dim) or v.shape != k.shape or heads % kv_heads:
         raise ValueError(f"k, v: expected shape ({n}, a divisor of {heads}, {dim}), got {tuple(k.shape)} and {tuple(v.shape)}")
     if k.dtype != q.dtype or v.dtype != q.dtype or k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
-        raise TypeError(f"k, v, k_cache, v_cache: expected {q.dtype}, as q, got {k.dtype}, {v.dtype}, {k_cache.dtype}, {v_cache.dtype}")
+        raise TypeError(
+            f"k, v, k_cache, v_cache: expected {q.dtype}, as q, got {k.dtype}, {v.dtype}, {k_cache.dtype}, {v_cache.dtype}"
+        )
     blocks, padded = k_cache.shape[0], -(-dim // 16) * 16
     if k_cache.shape != (blocks, kv_heads, dim, BLOCK) or v_cache.shape != (blocks, kv_heads, BLOCK, padded):
         raise ValueError(
@@ -61,7 +63,9 @@ def paged_attention(
             f"got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
         )
     if positions.shape != (n,) or sequences.shape != (n,) or positions.dtype != torch.int64 or sequences.dtype != torch.int64:
-        raise ValueError(f"positions, sequences: expected int64 ({n},), got {tuple(positions.shape)} and {tuple(sequences.shape)}")
+        raise ValueError(
+            f"positions, sequences: expected int64 ({n},), got {tuple(positions.shape)} and {tuple(sequences.shape)}"
+        )
     if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.shape != sin.shape or cos.shape[1] != dim // 2:
         raise ValueError(f"cos, sin: expected float32 (positions, {dim // 2}), got {tuple(cos.shape)} and {tuple(sin.shape)}")
     if block_table.dtype != torch.int32:

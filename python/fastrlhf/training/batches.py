@@ -69,9 +69,7 @@ def micro_batches(sequences: Sequences, members: Sequence[int], max_tokens: int,
         yield MicroBatch(chosen, tokens, pack, at, tokens[at + 1], rows.to(device), cu.to(device))
 
 
-def completion_logprobs(
-    model: Decoder, sequences: Sequences, *, max_tokens: int, temperature: float = 1.0
-) -> Tensor:
+def completion_logprobs(model: Decoder, sequences: Sequences, *, max_tokens: int, temperature: float = 1.0) -> Tensor:
     """log π of every completion token, packed, float32, without gradient."""
     device = model.embed_tokens.weight.device
     out = torch.empty(int(sequences.offsets[-1]), device=device)

@@ -27,7 +27,9 @@ class CriticConfig:
     """A model of its own that says what a state is worth."""
 
     path: str | None = option(None, "Directory it starts from, a reward model's or a language model's; null is the policy's.")
-    clip: float | None = option(0.2, "Values move at most this far from the rollout's within an update; null does not clip.", low=0)
+    clip: float | None = option(
+        0.2, "Values move at most this far from the rollout's within an update; null does not clip.", low=0
+    )
     epochs: int = option(1, "Passes over a rollout.", low=1)
     minibatch_size: int | None = option(None, "Completions of one optimizer step; null is the whole rollout.", low=1)
     micro_batch_tokens: int = option(8192, "Tokens through the model at once, padding counted; changes no result.", low=1)
@@ -45,7 +47,8 @@ class Critic:
         self.model = load_scalar_model(config.path or path, device=device, dtype=dtype, seed=seed)
         if self.model.decoder.config.vocab_size != vocab_size:
             raise ConfigError(
-                f"critic.path: {config.path} has a vocabulary of {self.model.decoder.config.vocab_size}, the policy of {vocab_size}"
+                f"critic.path: {config.path} has a vocabulary of {self.model.decoder.config.vocab_size}, "
+                f"the policy of {vocab_size}"
             )
         self.model.decoder.checkpoint_activations = config.checkpoint_activations
         self.minibatch = min(config.minibatch_size or rollout_size, rollout_size)

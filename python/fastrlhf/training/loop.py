@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import REQUIRED, option, to_dict, to_yaml
 from ..errors import CheckpointError, ConfigError, UserError
 from .checkpoint import Checkpoints, restore_rng, rng_tensors
-from .metrics import METRICS, Metrics, Value, read_lines
+from .metrics import METRICS, SAMPLES, TABLES, Metrics, Value, read_lines
 from .optim import NotFinite
 from .progress import Progress, Silent
 from .report import write_report
@@ -34,13 +34,16 @@ class RunConfig:
     directory: str = option(REQUIRED, "Of the run: config, metrics, samples, checkpoints, report, and final/, the model.")
     seed: int = option(0, "Of everything that is drawn.")
     resume: str = option(
-        "never", "auto: go on from the last checkpoint if there is one; never: refuse a directory that holds a run; or a path of a checkpoint."
+        "never",
+        "auto goes on from the last checkpoint, if there is one; never refuses a directory that holds a run; or a checkpoint.",
     )
     overwrite: bool = option(False, "With resume never: remove a run that is in the directory.")
     save_every: int = option(0, "Steps between checkpoints; 0 saves at the end only.", low=0)
     keep: int = option(2, "How many checkpoints to keep.", low=1)
     eval_every: int = option(0, "Steps between evaluations; 0 evaluates before and after only.", low=0)
-    time_limit: float | None = option(None, "Seconds after which the run saves and stops, the last step and the saving counted.", low=0)
+    time_limit: float | None = option(
+        None, "Seconds after which the run saves and stops, the last step and the saving counted.", low=0
+    )
     threads: int | None = option(None, "CPU threads; null is torch's choice.", low=1)
     tensorboard: bool = option(True, "Write TensorBoard events.")
     wandb: str | None = option(None, "Weights & Biases project to log to.")
@@ -81,13 +84,15 @@ class Algorithm(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """`before` and `after` are the first and last evaluation's metrics; `finished` is false where time ran out."""
+    """`before` and `after` are the first and last evaluation's metrics, `samples` completions of the last; `finished` is
+    false where time ran out."""
 
     directory: Path
     steps: int
     finished: bool
     before: dict[str, float]
     after: dict[str, float]
+    samples: list[dict[str, Any]]
 
 
 def prepare(run: RunConfig) -> None:
@@ -103,9 +108,10 @@ def prepare(run: RunConfig) -> None:
         return
     if not run.overwrite:
         raise ConfigError(
-            f"run.directory: {directory} already holds a run; --run.resume auto goes on with it, --run.overwrite true removes it"
+            f"run.directory: {directory} already holds a run; --run.resume auto goes on with it, --run.overwrite true "
+            "removes it"
         )
-    for name in (METRICS, "samples.jsonl", "tables.json", "report.html", "report.png", CONFIG):
+    for name in (METRICS, SAMPLES, TABLES, "report.html", "report.png", CONFIG):
         (directory / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, FINAL, "tensorboard"):
         shutil.rmtree(directory / name, ignore_errors=True)
@@ -155,7 +161,9 @@ def fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress | 
                 try:
                     values = dict(algorithm.step(done + 1, progress))
                 except (UserError, KeyboardInterrupt) as error:
-                    raise _stopped(error, done, save if not algorithm.touched else None, before, rng, saved, checkpoints) from error
+                    raise _stopped(
+                        error, done, save if not algorithm.touched else None, before, rng, saved, checkpoints
+                    ) from error
                 done += 1
                 numbers = metrics.log(done, values | algorithm.timers.pop())
                 progress.step(done, numbers)
@@ -182,7 +190,9 @@ def fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress | 
     write_report(directory)
     evals = [line for line in read_lines(directory / METRICS) if line.get("phase") == "eval"]
     first, final = (evals[0], evals[-1]) if evals else ({}, {})
-    return Result(directory, done, finished, _numbers(first), _numbers(final))
+    rows = read_lines(directory / SAMPLES)
+    samples = [r for r in rows if r["step"] == rows[-1]["step"]][-5:] if rows else []
+    return Result(directory, done, finished, _numbers(first), _numbers(final), samples)
 
 
 def _resume(algorithm: Algorithm, run: RunConfig, checkpoints: Checkpoints, progress: Progress) -> int:

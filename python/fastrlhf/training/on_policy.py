@@ -38,7 +38,9 @@ class PromptConfig:
     prompt_field: str = option("prompt", "Field with the prompt, a string or messages.")
     template: str | None = option(None, 'Builds the prompt from a row\'s fields instead, as "Question: {question}\\nAnswer:".')
     max_prompt_tokens: int = option(512, "Longer prompts are handled as `overlong` says.", low=1)
-    overlong: str = option("skip", "skip counts them, error stops, truncate_left cuts.", choices=("skip", "error", "truncate_left"))
+    overlong: str = option(
+        "skip", "skip counts them, error stops, truncate_left cuts.", choices=("skip", "error", "truncate_left")
+    )
     invalid: str = option("error", "What to do with an empty prompt.", choices=("error", "skip"))
 
 
@@ -49,7 +51,9 @@ class KLConfig:
     coef: float = option(0.05, "Its strength; 0 has no reference.", low=0)
     where: str = option("reward", "reward takes it off the reward, loss adds it to the loss.", choices=("reward", "loss"))
     kind: str = option("k1", "Its estimator.", choices=("k1", "abs", "k2", "k3"))
-    target: float | None = option(None, "Adapts coef so that a completion's KL comes to this many nats; null keeps coef.", low=0)
+    target: float | None = option(
+        None, "Adapts coef so that a completion's KL comes to this many nats; null keeps coef.", low=0
+    )
     horizon: float = option(10000.0, "Completions over which it adapts.", low=1)
 
 
@@ -59,7 +63,9 @@ class EngineConfig:
 
     max_sequences: int = option(256, "Sequences in its batch at once.", low=1)
     max_batch_tokens: int = option(4096, "Tokens through the model at once; longer prompts go in chunks.", low=1)
-    cache_tokens: int | None = option(None, "Positions of the key-value cache; null is what a rollout needs, 2 GiB at most.", low=16)
+    cache_tokens: int | None = option(
+        None, "Positions of the key-value cache; null is what a rollout needs, 2 GiB at most.", low=16
+    )
 
 
 @dataclass
@@ -106,7 +112,9 @@ class OnPolicy(ABC):
             )
         self.tokenizer = self.policy.tokenizer
         self.prompts = PromptStream(self._dataset(config.data.path), seed)
-        self.held_out = None if config.data.held_out is None else self._dataset(config.data.held_out, config.data.held_out_limit)
+        self.held_out = (
+            None if config.data.held_out is None else self._dataset(config.data.held_out, config.data.held_out_limit)
+        )
         self.rewards = Rewards(
             config.rewards, max_tokens=config.update.micro_batch_tokens, vocab_size=model.config.vocab_size,
             device=self.policy.device, dtype=model.embed_tokens.weight.dtype,
@@ -164,7 +172,10 @@ class OnPolicy(ABC):
     def update_policy(self, rollout: Rollout, advantages: Tensor, step: int, progress: Progress) -> dict[str, Value]:
         kl = self.config.kl
         in_loss = kl.coef > 0 and kl.where == "loss"
-        with self.timers("policy", sum(map(len, rollout.sequences.tokens)) * self.config.update.epochs), progress.phase("policy"):
+        with (
+            self.timers("policy", sum(map(len, rollout.sequences.tokens)) * self.config.update.epochs),
+            progress.phase("policy"),
+        ):
             stats = self.policy.update(
                 rollout, advantages, step=step, kl_coef=self.kl.coef if in_loss else 0.0, kl=kl.kind
             )  # fmt: skip

@@ -50,7 +50,9 @@ class Optimizer:
             for members, decay in ((matrices, config.weight_decay), (rest, 0.0))
             if members
         ]
-        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+        self.adamw = torch.optim.AdamW(
+            groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True
+        )
         self.steps = 0
 
     @property

@@ -38,9 +38,7 @@ class ModelConfig:
     """A Hugging Face directory of the Llama family."""
 
     path: str = option(REQUIRED, "The directory.")
-    dtype: str | None = option(
-        None, "Of the weights; null is the directory's.", choices=("float32", "bfloat16", "float16")
-    )
+    dtype: str | None = option(None, "Of the weights; null is the directory's.", choices=("float32", "bfloat16", "float16"))
     device: str | None = option(None, "cpu, cuda, cuda:1; null is cuda where there is one.")
     checkpoint_activations: bool = option(False, "Keep only each layer's input and compute the rest again in the backward.")
     lora: LoraConfig = section(LoraConfig, "Adapters instead of all weights.")
@@ -50,9 +48,7 @@ class ModelConfig:
 class PolicyLossConfig:
     """`fastrlhf.policy_loss`."""
 
-    kind: str = option(
-        "ppo", "Which loss.", choices=("ppo", "reinforce", "gpg", "cispo", "sapo", "gspo", "gmpo")
-    )
+    kind: str = option("ppo", "Which loss.", choices=("ppo", "reinforce", "gpg", "cispo", "sapo", "gspo", "gmpo"))
     clip_low: float = option(0.2, "The ratio is clipped below at 1 - clip_low.", low=0)
     clip_high: float = option(0.2, "And above at 1 + clip_high; larger than clip_low is DAPO's clip-higher.", low=0)
     dual_clip: float | None = option(None, "Bounds the loss at negative advantages by -dual_clip · A; null does not.", low=1)
@@ -96,7 +92,9 @@ def load_matching_tokenizer(path: str, model: Decoder) -> Any:
     """
     tokenizer = load_tokenizer(path)
     if len(tokenizer) > model.config.vocab_size:
-        raise ConfigError(f"model.path: the tokenizer in {path} has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+        raise ConfigError(
+            f"model.path: the tokenizer in {path} has {len(tokenizer)} tokens, the model {model.config.vocab_size}"
+        )
     return tokenizer
 
 

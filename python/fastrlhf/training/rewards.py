@@ -29,9 +29,11 @@ class RewardError(UserError, RuntimeError):
 class RewardSource:
     """One reward: of a function or of a model."""
 
-    name: str = option("", "What its metrics are called; empty is the function's name or \"model\".")
+    name: str = option("", 'What its metrics are called; empty is the function\'s name or "model".')
     function: str | None = option(
-        None, "module:function or path.py:function, called with prompts=, completions= and each field of the rows, as lists; gives a number for each."
+        None,
+        "module:function or path.py:function, called with prompts=, completions= and the rows' fields, lists all; gives a "
+        "number for each.",
     )
     model: str | None = option(None, "Directory of a reward model with the policy's tokenizer.")
     weight: float = option(1.0, "Its share of the sum.")
@@ -56,7 +58,9 @@ class Rewards:
             of another vocabulary.
     """
 
-    def __init__(self, sources: Sequence[RewardSource], *, max_tokens: int, vocab_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, sources: Sequence[RewardSource], *, max_tokens: int, vocab_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         if not sources:
             raise ConfigError("rewards: expected one source or more, got none")
         self.max_tokens = max_tokens
@@ -65,7 +69,9 @@ class Rewards:
         self.models: dict[str, ScalarModel] = {}
         for i, source in enumerate(sources):
             if (source.function is None) == (source.model is None):
-                raise ConfigError(f"rewards.{i}: expected either function or model, got {'neither' if source.model is None else 'both'}")
+                raise ConfigError(
+                    f"rewards.{i}: expected either function or model, got {'neither' if source.model is None else 'both'}"
+                )
             name = source.name or (source.function.rpartition(":")[2] if source.function else "model")
             if name in self.weights:
                 raise ConfigError(f"rewards.{i}.name: {name!r} is the name of another source")
@@ -76,7 +82,8 @@ class Rewards:
             model = load_scalar_model(str(source.model), device=device, dtype=dtype).eval().requires_grad_(False)
             if model.decoder.config.vocab_size != vocab_size:
                 raise ConfigError(
-                    f"rewards.{i}.model: {source.model} has a vocabulary of {model.decoder.config.vocab_size}, the policy of {vocab_size}"
+                    f"rewards.{i}.model: {source.model} has a vocabulary of {model.decoder.config.vocab_size}, "
+                    f"the policy of {vocab_size}"
                 )
             self.models[name] = model
 
@@ -110,7 +117,9 @@ def load_function(name: str) -> Callable[..., Any]:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"reward function {name!r}: {module_name} could not be imported: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"reward function {name!r}: {module_name} could not be imported: {type(error).__name__}: {error}"
+        ) from error
     found = getattr(module, function, None)
     if not callable(found):
         raise ConfigError(f"reward function {name!r}: {module_name} has no function {function!r}")

@@ -111,7 +111,9 @@ def collect(
     timers.count("generate", engine.stats.completion_tokens)
     completions = [c for group in groups for c in group]
     asked = [p for p in prompts for _ in range(sampling.n)]
-    sequences = Sequences([p.tokens + c.tokens for p, c in zip(asked, completions, strict=True)], [len(p.tokens) for p in asked])
+    sequences = Sequences(
+        [p.tokens + c.tokens for p, c in zip(asked, completions, strict=True)], [len(p.tokens) for p in asked]
+    )
     with timers("score"), progress.phase("score"):
         texts = [tokenizer.decode(c.tokens, skip_special_tokens=True) for c in completions]
         scored = rewards(asked, sequences.tokens, texts)

@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 class Cache:
     def __init__(self, model: Decoder, blocks: int) -> None:
         weight = model.embed_tokens.weight
-        attention = model.layers[0].self_attn
-        self.layers = [
-            empty_cache(blocks, attention.kv_heads, attention.head_dim, weight.dtype, weight.device) for _ in model.layers
-        ]
+        heads, dim = model.kv_shape
+        self.layers = [empty_cache(blocks, heads, dim, weight.dtype, weight.device) for _ in model.layers]
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Blocks (from, to)."""

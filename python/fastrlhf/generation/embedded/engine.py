@@ -79,9 +79,7 @@ class EmbeddedEngine:
         return out
 
     @torch.no_grad()
-    def stream(
-        self, prompts: Seq[Seq[int]], sampling: Sampling, *, seeds: Seq[int] | None = None
-    ) -> Iterator[Finished]:
+    def stream(self, prompts: Seq[Seq[int]], sampling: Sampling, *, seeds: Seq[int] | None = None) -> Iterator[Finished]:
         """Completions as they end.
 
         Raises:
@@ -124,9 +122,7 @@ class EmbeddedEngine:
             drawing.append(sequence)
             rows.append(at)
             for i in range(1, sequence.siblings + 1):
-                child = Sequence(
-                    sequence.prompt, i, list(sequence.tokens), mix(seeds[sequence.prompt], i), sequence.sampling
-                )
+                child = Sequence(sequence.prompt, i, list(sequence.tokens), mix(seeds[sequence.prompt], i), sequence.sampling)
                 child.weight_version = self.version
                 copy = scheduler.fork(sequence, child)
                 if copy is not None:
@@ -211,9 +207,10 @@ class EmbeddedEngine:
     def _ensure_cache(self, longest: int, sequences: int) -> None:
         wanted = self.cache_tokens
         if wanted is None:
-            attention, weight = self.model.layers[0].self_attn, self.model.embed_tokens.weight
-            padded = -(-attention.head_dim // 16) * 16
-            per_token = len(self.model.layers) * attention.kv_heads * (attention.head_dim + padded) * weight.element_size()
+            heads, dim = self.model.kv_shape
+            per_token = (
+                len(self.model.layers) * heads * (dim + -(-dim // 16) * 16) * self.model.embed_tokens.weight.element_size()
+            )
             wanted = min(min(self.max_sequences, sequences) * (longest + BLOCK), 2**31 // per_token)
         blocks = max(wanted, longest + BLOCK) // BLOCK if self.cache_tokens is None else wanted // BLOCK
         if longest > blocks * BLOCK:
