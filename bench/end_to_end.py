@@ -25,6 +25,7 @@ from fastrlhf.config import load
 from fastrlhf.data import load_tokenizer, open_rows
 from fastrlhf.generation import EmbeddedEngine, Sampling
 from fastrlhf.models import load_decoder
+from fastrlhf.training.memory import keep_freed_memory
 from fastrlhf.training.progress import Silent
 
 PROMPTS, NEW, GROUPS, GROUP = 128, 128, 8, 8
@@ -95,6 +96,7 @@ def grpo(checkpoint: Path, data: Path, turns: int) -> dict[str, Any]:
         "--prompts_per_step", str(GROUPS), "--completions_per_prompt", str(GROUP), "--sampling.max_tokens", str(NEW),
         "--update.optimizer.lr", "1e-5", "--kl.coef", "0.04",
     ]))  # fmt: skip
+    keep_freed_memory()  # as `fastrlhf train` does; in this process TRL has it too
     phases: list[dict[str, float]] = []
     seconds: dict[str, list[float]] = {"fastrlhf": [], "TRL": []}
 

@@ -12,6 +12,9 @@ from .. import ops
 from .decoder import Context, Decoder
 
 
+CHUNK = 1024  # tokens whose logits are held at once where no gradient is wanted
+
+
 class TokenLogprobs(NamedTuple):
     """`logprobs` float32 (n); `entropy` float32 (n), None where not asked. nats."""
 
@@ -26,6 +29,13 @@ def token_logprobs(
 
     Give only the positions that are wanted: the logits of the others are then never computed.
     """
+    if not torch.is_grad_enabled() and hidden.shape[0] > CHUNK:
+        parts = [
+            token_logprobs(model, h, y, temperature=temperature, entropy=entropy)
+            for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
+        ]
+        entropies = torch.cat([p.entropy for p in parts if p.entropy is not None]) if entropy else None
+        return TokenLogprobs(torch.cat([p.logprobs for p in parts]), entropies)
     logits = model.logits(hidden)
     parallel = None
     if model.groups.tp.size > 1:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import REQUIRED, option, to_dict, to_yaml
 from ..errors import CheckpointError, ConfigError, UserError
 from .checkpoint import Checkpoints, restore_rng, rng_tensors
+from .memory import keep_freed_memory
 from .metrics import METRICS, SAMPLES, TABLES, Metrics, Value, read_lines
 from .optim import NotFinite
 from .progress import Progress, Silent
@@ -96,13 +97,14 @@ class Result:
 
 
 def prepare(run: RunConfig) -> None:
-    """Threads, and the directory: what is there is refused, removed, or to be resumed.
+    """Threads, memory, and the directory: what is there is refused, removed, or to be resumed.
 
     Raises:
         ConfigError: a run is there and `resume` is never.
     """
     if run.threads is not None:
         torch.set_num_threads(run.threads)
+    keep_freed_memory()
     directory = Path(run.directory)
     if run.resume != "never" or not (directory / METRICS).exists():
         return
