@@ -3,7 +3,7 @@
     python -m bench.end_to_end --data ../shared/data/gsm8k/train.jsonl [--out bench/results/end-to-end-cpu.json]
 
 One checkpoint for all: 4 layers, 128 wide, vocabulary 8192, random weights, its tokenizer trained on the questions. Both
-sides take turns in one process, so that what slows one slows the other; figures are medians of the turns and ratios.
+sides take turns, so that what slows one slows the other; figures are medians of the turns and of the ratios within a turn.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +26,7 @@ from fastrlhf.config import load
 from fastrlhf.data import load_tokenizer, open_rows
 from fastrlhf.generation import EmbeddedEngine, Sampling
 from fastrlhf.models import load_decoder
-from fastrlhf.training.memory import keep_freed_memory
+from fastrlhf.training.loop import prepare
 from fastrlhf.training.progress import Silent
 
 PROMPTS, NEW, GROUPS, GROUP = 128, 128, 8, 8
@@ -82,21 +83,53 @@ def generation(checkpoint: Path, data: Path, turns: int) -> dict[str, Any]:
     return summary("generate, tokens/s", {n: [1 / s for s in t] for n, t in seconds.items()}, "transformers", faster=True)
 
 
+class Ours:
+    """Our GRPO steps, in a process of their own: `fastrlhf train` sets malloc, which would speed up TRL as well."""
+
+    def __init__(self, checkpoint: Path, data: Path) -> None:
+        words = [sys.executable, "-m", "bench.end_to_end", "--data", str(data), "--steps_of", str(checkpoint)]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self) -> dict[str, float]:
+        """Seconds of a step, as a whole and of its phases."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def steps_of(checkpoint: Path, data: Path) -> None:
+    """A GRPO step for each line that comes in: 8 questions with 8 completions of up to 128 tokens."""
+    words = [
+        "--run.directory", tempfile.mkdtemp(), "--model.path", str(checkpoint), "--data.path", str(data),
+        "--data.prompt_field", "question", "--rewards", '[{"function": "bench.end_to_end:length"}]', "--steps", "1000",
+        "--prompts_per_step", str(GROUPS), "--completions_per_prompt", str(GROUP), "--sampling.max_tokens", str(NEW),
+        "--update.optimizer.lr", "1e-5", "--kl.coef", "0.04",
+    ]  # fmt: skip
+    config = load(GRPOConfig, None, words)
+    prepare(config.run)
+    algorithm = GroupRelative(config)
+    for step, _ in enumerate(sys.stdin, 1):
+        algorithm.timers.pop()
+        start = time.perf_counter()
+        algorithm.step(step, Silent())
+        whole = time.perf_counter() - start
+        phases = {k.removeprefix("seconds/"): v for k, v in algorithm.timers.pop().items() if k.startswith("seconds/")}
+        print(json.dumps(phases | {"step": whole}), flush=True)
+
+
 def grpo(checkpoint: Path, data: Path, turns: int) -> dict[str, Any]:
-    """Seconds of a GRPO step: 8 questions with 8 completions of up to 128 tokens, KL to the reference in the loss."""
+    """Seconds of a GRPO step, KL to the reference in the loss, each side as its users run it."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig as TheirConfig
     from trl import GRPOTrainer
 
     scratch = Path(tempfile.mkdtemp())
-    ours = GroupRelative(load(GRPOConfig, None, [
-        "--run.directory", str(scratch / "ours"), "--model.path", str(checkpoint), "--data.path", str(data),
-        "--data.prompt_field", "question", "--rewards", '[{"function": "bench.end_to_end:length"}]', "--steps", "100",
-        "--prompts_per_step", str(GROUPS), "--completions_per_prompt", str(GROUP), "--sampling.max_tokens", str(NEW),
-        "--update.optimizer.lr", "1e-5", "--kl.coef", "0.04",
-    ]))  # fmt: skip
-    keep_freed_memory()  # as `fastrlhf train` does; in this process TRL has it too
+    ours = Ours(checkpoint, data)
     phases: list[dict[str, float]] = []
     seconds: dict[str, list[float]] = {"fastrlhf": [], "TRL": []}
 
@@ -108,11 +141,8 @@ def grpo(checkpoint: Path, data: Path, turns: int) -> dict[str, Any]:
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             seconds["TRL"].append(time.perf_counter() - self.start)
-            ours.timers.pop()
-            start = time.perf_counter()
-            ours.step(len(phases) + 1, Silent())
-            seconds["fastrlhf"].append(time.perf_counter() - start)
-            phases.append(ours.timers.pop())
+            phases.append(ours.step())
+            seconds["fastrlhf"].append(phases[-1]["step"])
 
     rows = open_rows(data)
     trainer = GRPOTrainer(
@@ -142,10 +172,10 @@ def grpo(checkpoint: Path, data: Path, turns: int) -> dict[str, Any]:
         callbacks=[Turns()],
     )
     trainer.train()
+    ours.close()
     out = summary("GRPO step, s", {n: t[1:] for n, t in seconds.items()}, "TRL", faster=False)
-    shares = {k.removeprefix("seconds/"): [p[k] for p in phases[1:]] for k in phases[-1] if k.startswith("seconds/")}
-    whole = statistics.median(shares["step"])
-    out["share_of_phase"] = {k: statistics.median(v) / whole for k, v in shares.items() if k != "step"}
+    whole = statistics.median(p["step"] for p in phases[1:])
+    out["share_of_phase"] = {k: statistics.median(p[k] for p in phases[1:]) / whole for k in phases[-1] if k != "step"}
     return out
 
 
@@ -165,7 +195,11 @@ def main() -> int:
     parser.add_argument("--only", default="generation,grpo")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps_of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.steps_of:
+        steps_of(arguments.steps_of, arguments.data)
+        return 0
     suites: dict[str, Callable[[Path, Path, int], dict[str, Any]]] = {"generation": generation, "grpo": grpo}
     results = []
     with tempfile.TemporaryDirectory() as directory:
