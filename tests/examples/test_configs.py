@@ -69,9 +69,7 @@ def test_an_unknown_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"kl\.coeff: no such option; did you mean kl\.coef\?"):
         load_file(wrong)
     file = tmp_path / "chain.yaml"
-    file.write_text(
-        "stages: [{fastrlhf: train sft, options: {run.directory: x, model.path: x, data.path: x, batchsize: 3}}]\n"
-    )
+    file.write_text("stages: [{fastrlhf: train sft, options: {run.directory: x, model.path: x, data.path: x, batchsize: 3}}]\n")
     (stage,) = chain.read(file, [])[1]
     with pytest.raises(ConfigError, match="batchsize: no such option"):
         load_stage(stage)
