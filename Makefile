@@ -1,5 +1,5 @@
 # Two commands, from nothing but Python, a C++ compiler and make:
-#   make quickstart   builds fastrlhf and runs the short benchmark
+#   make quickstart   builds fastrlhf and runs SFT, a reward model and PPO on arithmetic in words
 #   make test         builds it and runs the tests
 # Everything lands in .venv and build/. PYTHON chooses the interpreter, TORCH the torch to install.
 
@@ -15,7 +15,7 @@ SOURCES := $(shell find src kernels python cmake -name '*.h' -o -name '*.cpp' -o
 .PHONY: quickstart test slow-test peers lint bench wheel clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python -m bench --device cpu --short
+	$(BIN)/fastrlhf chain examples/arithmetic/chain.yaml --directory build/quickstart
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -44,6 +44,12 @@ def test_micro_batches_change_no_result(model_dir: str, sft_file: str, tmp_path:
         assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), abs=1e-4)
 
 
+def test_the_answer_tokens_are_counted(model_dir: str, sft_file: str, tmp_path: Path) -> None:
+    ours = sft(model_dir, sft_file, tmp_path)
+    expected = sum(sum(c.loss_mask) for c in sft(model_dir, sft_file, tmp_path).stream.next(8))
+    assert ours.step(1, Silent())["answer_tokens"] == expected
+
+
 def test_the_loss_falls(model_dir: str, sft_file: str, tmp_path: Path) -> None:
     ours = sft(model_dir, sft_file, tmp_path, "--data.held_out", sft_file)
     before = float(ours.evaluate(Silent())["loss"])

@@ -234,7 +234,8 @@ def test_bad_configurations_and_data_are_named(
     for more, message in (
         (["--kl.coeff", "1"], "kl.coeff: no such option; did you mean kl.coef?"),
         (["--sampling.max_tokens", "0"], "sampling.max_tokens"),
-        (["--sampling.temperature", "0"], "sampling.temperature: training draws completions"),
+        (["--sampling.temperature", "0"], "sampling.temperature"),
+        (["--update.loss.rollout_correction", "tiss"], "update.loss.rollout_correction"),
         (
             ["--data.max_prompt_tokens", "120"],
             "data.max_prompt_tokens: 120 and sampling.max_tokens 12 exceed the model's context of 128",

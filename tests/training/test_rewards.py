@@ -66,6 +66,8 @@ def test_a_reward_model_scores_the_last_token_standardised(model_dir: str, tmp_p
         with torch.no_grad():
             assert float(got.parts["model"][i]) == pytest.approx((float(model(ids, pack)[-1]) - 0.25) / 0.5, abs=1e-5)
     torch.testing.assert_close(got.total, 3 * got.parts["model"])
+    with pytest.raises(ConfigError, match=r"is a language model: it has no score\.weight"):
+        rewards(RewardSource(model=model_dir), vocab=vocab)
     with pytest.raises(ConfigError, match=rf"rewards\.0\.model: .* has a vocabulary of {vocab}, the policy of 8"):
         rewards(RewardSource(model=str(tmp_path)), vocab=8)
 

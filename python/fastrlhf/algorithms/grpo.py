@@ -9,7 +9,7 @@ import torch
 
 from ..config import option, section
 from ..errors import ConfigError
-from ..ops import group_advantages
+from ..ops import group_advantages, kl
 from ..training.metrics import Value
 from ..training.on_policy import KLConfig, OnPolicy, OnPolicyConfig
 from ..training.progress import Progress
@@ -42,9 +42,9 @@ class GroupRelative(OnPolicy):
         metrics: dict[str, Value] = {}
         if rollout.ref_logprobs is not None:
             policy = rollout.rollout_logprobs if rollout.logprobs is None else rollout.logprobs
-            kl = policy - rollout.ref_logprobs
-            of_completion = torch.segment_reduce(kl, "sum", lengths=lengths)
-            metrics |= {"kl": float(kl.mean())}
+            metrics |= {"kl": float((policy - rollout.ref_logprobs).mean())}
+            estimate = kl(policy, rollout.ref_logprobs, kind=config.kl.kind)
+            of_completion = torch.segment_reduce(estimate, "sum", lengths=lengths)
             if config.kl.where == "reward":
                 scores = scores - self.kl.coef * of_completion
             metrics |= self.adapt_kl(float(of_completion.mean()))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import REQUIRED, option, section
-from ..data import Preference, PreferenceDataset, PreferenceStream, batches_by_tokens, open_rows
+from ..data import Preference, PreferenceDataset, PreferenceStream, batches_by_tokens, open_rows, split
 from ..errors import ConfigError
 from ..models import Packed, load_scalar_model, save_scalar_model
 from ..models.checkpoint import trainable
@@ -33,8 +33,10 @@ class PreferenceConfig:
 
     path: str = option(REQUIRED, "File, several separated by commas, or dataset.")
     held_out: str | None = option(None, "The same, to evaluate on; null evaluates nothing.")
-    held_out_limit: int | None = option(None, "Evaluate on the first so many.", low=1)
+    held_out_limit: int | None = option(None, "Evaluate on the first so many of `held_out`.", low=1)
     held_out_share: float = option(0.0, "Share of `path` to hold out instead, the same for the same seed.", low=0, high=0.9)
+    prompt_field: str = option("prompt", "Field with the prompt.")
+    prompt_template: str | None = option(None, 'Builds the prompt from fields instead, as "Question: {question}\\nAnswer:".')
     margin_field: str = option("margin", "Field with the margin, where there is one.")
     max_tokens: int = option(1024, "Of the prompt with its longer completion.", low=1)
     overlong: str = option("skip", "skip counts them, error stops, truncate cuts.", choices=("skip", "error", "truncate"))
@@ -79,10 +81,10 @@ class RewardTraining:
         self.touched = False
 
     def _rows(self) -> tuple[Any, Any]:
-        from ..data import split
-
         data = self.config.data
         rows = open_rows(data.path.split(","))
+        if data.held_out is not None and data.held_out_share:
+            raise ConfigError("data.held_out_share: expected 0 beside data.held_out; one of them says what is held out")
         if data.held_out is not None:
             return rows, open_rows(data.held_out.split(","), limit=data.held_out_limit)
         if not data.held_out_share:
@@ -93,7 +95,8 @@ class RewardTraining:
         data = self.config.data
         return PreferenceDataset(
             rows, self.tokenizer, max_tokens=min(data.max_tokens, self.model.decoder.config.max_position_embeddings),
-            margin_field=data.margin_field, overlong=data.overlong, invalid=data.invalid,
+            prompt_field=data.prompt_field, prompt_template=data.prompt_template, margin_field=data.margin_field,
+            overlong=data.overlong, invalid=data.invalid,
         )  # fmt: skip
 
     def step(self, step: int, progress: Progress) -> Mapping[str, Value]:
@@ -106,7 +109,8 @@ class RewardTraining:
             self.touched = True
             if self.config.standardize:
                 self._follow(torch.cat([chosen, rejected]))
-        return metrics | taken | {"data/epoch": float(self.stream.epoch), "data/skipped": float(self.stream.skipped)}
+        data = {"epoch": self.stream.epoch, "skipped": self.stream.skipped, "invalid": self.stream.invalid}
+        return metrics | taken | {f"data/{name}": float(value) for name, value in data.items()}
 
     def accumulate(self, pairs: list[Preference]) -> tuple[dict[str, float], Tensor, Tensor]:
         """The gradient of the batch's loss, in as many micro-batches as it takes; without one where none is wanted.
@@ -155,6 +159,8 @@ class RewardTraining:
         if self.held_out is None:
             return {}
         found = [p for i in range(len(self.held_out)) if (p := self.held_out[i]) is not None]
+        if not found:
+            raise ConfigError(f"data.held_out: no pair in it has at most {self.held_out.max_tokens} tokens")
         averages = Averages()
         for i in range(0, len(found), self.config.batch_size):
             part = found[i : i + self.config.batch_size]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import REQUIRED, option, section
 from ..data import Conversation, ConversationDataset, ConversationStream, batches_by_tokens, open_rows
+from ..errors import ConfigError
 from ..models import Packed, save_decoder, token_logprobs
 from ..models.checkpoint import trainable
 from ..training.averages import Averages
@@ -82,10 +83,11 @@ class SFT:
         count = sum(len(c.tokens) for c in conversations)
         with self.timers("train", count), progress.phase("train"):
             averages = self.accumulate(conversations)
-            metrics = averages.pop()
+            metrics = averages.pop() | {"answer_tokens": float(sum(sum(c.loss_mask) for c in conversations))}
             taken = self.optimizer.step("sft", torch.tensor(metrics["loss"]))
             self.touched = True
-        return metrics | taken | {"data/epoch": float(self.stream.epoch), "data/skipped": float(self.stream.skipped)}
+        data = {"epoch": self.stream.epoch, "skipped": self.stream.skipped, "invalid": self.stream.invalid}
+        return metrics | taken | {f"data/{name}": float(value) for name, value in data.items()}
 
     def accumulate(self, conversations: list[Conversation]) -> Averages:
         """The gradient of the batch's loss, in as many micro-batches as it takes; without one where none is wanted."""
@@ -101,7 +103,6 @@ class SFT:
             if torch.is_grad_enabled():
                 loss.backward()
             averages.value("loss", -out.logprobs.detach().mean(), float(wanted.shape[0]))
-            averages.value("answer_tokens", float(wanted.shape[0]) * len(conversations) / answers, float(wanted.shape[0]))
         return averages
 
     @torch.no_grad()
@@ -110,6 +111,8 @@ class SFT:
         if self.held_out is None:
             return {}
         found = [c for i in range(len(self.held_out)) if (c := self.held_out[i]) is not None]
+        if not found:
+            raise ConfigError(f"data.held_out: no conversation in it has at most {self.held_out.max_tokens} tokens")
         averages = Averages()
         for i in range(0, len(found), self.config.batch_size):
             part = found[i : i + self.config.batch_size]

@@ -14,11 +14,11 @@ from typing import Any
 
 from ..config import ConfigError
 from ..errors import UserError, extra
-from ..training.loop import Result
+from ..training.loop import COLUMNS, Result
 from ..training.report import write_report
 from .console import Console
 from .main import COMMANDS, _run
-from .train import COLUMNS, arguments, before_and_after, train
+from .train import arguments, train
 
 USAGE = """usage: fastrlhf chain FILE.yaml [--NAME VALUE ...]
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
                     return 0
             console.message(f"{stage.name} took {time.monotonic() - begun:.0f} s")
         for name, result in results.items():
-            if rows := before_and_after(result):
+            if rows := result.table():
                 console.table(f"{name}: held-out", COLUMNS, rows)
             console.samples(result.samples)
         directory = Path(variables.get("directory", "."))

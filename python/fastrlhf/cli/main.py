@@ -23,7 +23,7 @@ COMMANDS = {
     "train": Command("train a model: sft, reward, ppo, grpo, rloo", "fastrlhf.cli.train:main"),
     "chain": Command("run several of these one after another, as SFT, reward model and PPO", "fastrlhf.cli.chain:main"),
     "generate": Command("sample completions from a model", "fastrlhf.cli.generate:main"),
-    "init": Command("make a small model and its tokenizer, or a starting config", "fastrlhf.cli.init:main"),
+    "init": Command("make a small model with random weights and its tokenizer", "fastrlhf.cli.init:main"),
     "report": Command("draw the curves of a run into report.html and report.png", "fastrlhf.cli.report:main"),
     "doctor": Command("what is installed here, and which kernels each operation will use", "fastrlhf.cli.doctor:main"),
 }

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import ConfigError, describe, load
-from ..training.loop import Result, fit, prepare
+from ..training.loop import COLUMNS, Result, fit, prepare
 from ..training.progress import Progress
 from .arguments import user_errors
 from .console import Console
-
-
-COLUMNS = ("held-out metric", "before", "after", "after / before")
 
 
 class Recipe(NamedTuple):
@@ -102,16 +99,6 @@ def train(name: str, file: Path | None, overrides: Sequence[str], *, progress: P
 
 def show(progress: Progress, name: str, result: Result) -> None:
     """The table of before and after, and where the report is."""
-    rows = before_and_after(result)
-    if rows:
+    if rows := result.table():
         progress.table(f"{name}: held-out", COLUMNS, rows)
     progress.message(f"report: {result.directory / 'report.html'}")
-
-
-def before_and_after(result: Result) -> list[list[Any]]:
-    names = [n for n in result.after if n in result.before and not n.startswith(("seconds", "tokens_per"))]
-    return [[n, result.before[n], result.after[n], _times(result.before[n], result.after[n])] for n in names]
-
-
-def _times(before: float, after: float) -> str:
-    return f"{after / before:.2f}x" if before > 0 and after >= 0 else ""

@@ -75,6 +75,11 @@ def load_scalar_model(
     return model
 
 
+def has_scalar_head(directory: str | Path) -> bool:
+    """Whether a directory holds a reward model or critic, not only a language model."""
+    return any(True for _ in _read(Path(directory), lambda name: name == HEAD))
+
+
 def save_decoder(
     model: Decoder, directory: str | Path, *, tokenizer: Any = None, dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,

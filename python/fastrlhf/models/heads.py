@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .. import ops
 from .decoder import Context, Decoder
 
-
 CHUNK = 1024  # tokens whose logits are held at once where no gradient is wanted
 
 

@@ -28,7 +28,7 @@ class CriticConfig:
 
     path: str | None = option(None, "Directory it starts from, a reward model's or a language model's; null is the policy's.")
     clip: float | None = option(
-        0.2, "Values move at most this far from the rollout's within an update; null does not clip.", low=0
+        0.2, "Values move at most this far from the rollout's within an update; null does not clip.", above=0
     )
     epochs: int = option(1, "Passes over a rollout.", low=1)
     minibatch_size: int | None = option(None, "Completions of one optimizer step; null is the whole rollout.", low=1)

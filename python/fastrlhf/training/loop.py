@@ -25,6 +25,7 @@ from .progress import Progress, Silent
 from .report import write_report
 from .timers import Timers
 
+COLUMNS = ("held-out metric", "before", "after", "after / before")
 CHECKPOINTS, FINAL, CONFIG = "checkpoints", "final", "config.yaml"
 
 
@@ -95,6 +96,11 @@ class Result:
     after: dict[str, float]
     samples: list[dict[str, Any]]
 
+    def table(self) -> list[list[Any]]:
+        """A row for each held-out metric, of `COLUMNS`."""
+        names = [n for n in self.after if n in self.before]
+        return [[n, self.before[n], self.after[n], _times(self.before[n], self.after[n])] for n in names]
+
 
 def prepare(run: RunConfig) -> None:
     """Threads, memory, and the directory: what is there is refused, removed, or to be resumed.
@@ -132,9 +138,9 @@ def fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress | 
     directory.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(directory / CHECKPOINTS, keep=run.keep)
     metrics = Metrics(directory, tensorboard=run.tensorboard, wandb=run.wandb, config=to_dict(config))
-    (directory / CONFIG).write_text(to_yaml(config))
     done = _resume(algorithm, run, checkpoints, progress)
-    metrics.truncate(done + 1)
+    (directory / CONFIG).write_text(to_yaml(config))
+    metrics.truncate(done + 1 if done else 0)
     progress.stage(algorithm.name, algorithm.steps)
     saved = done if done else -1
     longest = 0.0
@@ -162,7 +168,7 @@ def fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress | 
                 before, rng = algorithm.state(), rng_tensors()
                 try:
                     values = dict(algorithm.step(done + 1, progress))
-                except (UserError, KeyboardInterrupt) as error:
+                except (UserError, ValueError, RuntimeError, KeyboardInterrupt) as error:
                     raise _stopped(
                         error, done, save if not algorithm.touched else None, before, rng, saved, checkpoints
                     ) from error
@@ -189,12 +195,15 @@ def fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress | 
             _export(algorithm, directory / FINAL)
     finally:
         metrics.close()
-    write_report(directory)
     evals = [line for line in read_lines(directory / METRICS) if line.get("phase") == "eval"]
-    first, final = (evals[0], evals[-1]) if evals else ({}, {})
+    first, final = (_numbers(evals[0]), _numbers(evals[-1])) if evals else ({}, {})
     rows = read_lines(directory / SAMPLES)
     samples = [r for r in rows if r["step"] == rows[-1]["step"]][-5:] if rows else []
-    return Result(directory, done, finished, _numbers(first), _numbers(final), samples)
+    result = Result(directory, done, finished, first, final, samples)
+    if final:
+        metrics.table(f"{algorithm.name}: held-out", COLUMNS, result.table())
+    write_report(directory)
+    return result
 
 
 def _resume(algorithm: Algorithm, run: RunConfig, checkpoints: Checkpoints, progress: Progress) -> int:
@@ -224,6 +233,8 @@ def _stopped(
         return error
     latest = checkpoints.latest()
     kept = f"the last checkpoint is {latest}" if latest else "there is no checkpoint yet"
+    if not isinstance(error, UserError | ValueError):  # not the user's: its own type and traceback say more
+        return error
     kind = type(error) if type(error) in (NotFinite, CheckpointError, ConfigError) else UserError
     return kind(f"step {done + 1}: {error}; {kept}")
 
@@ -234,6 +245,10 @@ def _export(algorithm: Algorithm, final: Path) -> None:
     algorithm.export(aside)
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
+
+
+def _times(before: float, after: float) -> str:
+    return f"{after / before:.2f}x" if before > 0 and after >= 0 else ""
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:

@@ -52,7 +52,7 @@ class KLConfig:
     where: str = option("reward", "reward takes it off the reward, loss adds it to the loss.", choices=("reward", "loss"))
     kind: str = option("k1", "Its estimator.", choices=("k1", "abs", "k2", "k3"))
     target: float | None = option(
-        None, "Adapts coef so that a completion's KL comes to this many nats; null keeps coef.", low=0
+        None, "Adapts coef so that a completion's KL comes to this many nats; null keeps coef.", above=0
     )
     horizon: float = option(10000.0, "Completions over which it adapts.", low=1)
 
@@ -97,8 +97,6 @@ class OnPolicy(ABC):
         seed = config.run.seed
         self.steps, self.timers = config.steps, Timers(torch.cuda.synchronize if torch.cuda.is_available() else None)
         self.rollout_size = config.prompts_per_step * config.completions_per_prompt
-        if config.sampling.temperature == 0:
-            raise ConfigError("sampling.temperature: training draws completions, expected more than 0, got 0")
         self.policy = Policy(
             config.model, config.update, reference=config.kl.coef > 0, seed=seed, total_steps=config.steps,
             rollout_size=self.rollout_size, temperature=config.sampling.temperature,
@@ -156,7 +154,11 @@ class OnPolicy(ABC):
                 rollout.ref_logprobs = self.policy.reference_logprobs(rollout.sequences)
         metrics: dict[str, Value] = dict(rollout.metrics)
         metrics |= self.learn(rollout, step, progress)
-        metrics |= {"data/epoch": float(self.prompts.epoch), "data/skipped": float(self.prompts.skipped)}
+        metrics |= {
+            "data/epoch": float(self.prompts.epoch),
+            "data/skipped": float(self.prompts.skipped),
+            "data/invalid": float(self.prompts.invalid),
+        }
         self._samples = rollout.samples(SAMPLES)
         return metrics
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import option
 from ..errors import UserError
-from .state import load_optimizer, optimizer_tensors
+from .state import load_into, load_optimizer, optimizer_tensors
 
 
 class NotFinite(UserError, ArithmeticError):
@@ -43,8 +43,12 @@ class Optimizer:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, total_steps: int) -> None:
         self.parameters, self.config, self.total_steps = dict(parameters), config, max(total_steps, 1)
-        matrices = {n: p for n, p in self.parameters.items() if p.dim() >= 2}
-        rest = {n: p for n, p in self.parameters.items() if p.dim() < 2}
+        # Where weights are bfloat16 or float16 the steps are taken on float32 copies: at RLHF's learning rates most of
+        # them would round away.
+        self.masters = {n: nn.Parameter(p.detach().float()) for n, p in self.parameters.items() if p.dtype != torch.float32}
+        learning = self.parameters | self.masters
+        matrices = {n: p for n, p in learning.items() if p.dim() >= 2}
+        rest = {n: p for n, p in learning.items() if p.dim() < 2}
         groups = [
             {"params": list(members.values()), "weight_decay": decay}
             for members, decay in ((matrices, config.weight_decay), (rest, 0.0))
@@ -78,20 +82,33 @@ class Optimizer:
         lr = self.lr
         finite = bool(torch.isfinite(norm)) and (loss is None or bool(torch.isfinite(loss)))
         if not finite:
-            self.adamw.zero_grad(set_to_none=True)
+            self._forget()
             value = "" if loss is None else f" the loss is {float(loss)},"
             raise NotFinite(f"{what}:{value} the gradient's norm {float(norm)}; no weight was changed")
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                grad = self.parameters[name].grad
+                master.grad = None if grad is None else grad.float()
+            self.adamw.step()
+            for name, master in self.masters.items():
+                self.parameters[name].copy_(master)
+        self._forget()
         self.steps += 1
         return {"grad_norm": float(norm), "lr": lr}
 
+    def _forget(self) -> None:
+        for p in (*self.parameters.values(), *self.masters.values()):
+            p.grad = None
+
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, state = optimizer_tensors(self.adamw, self.parameters)
-        return tensors, {"steps": self.steps, "adamw": state}
+        tensors, state = optimizer_tensors(self.adamw, self.parameters | self.masters)
+        masters = {f"{name}.master": p.detach() for name, p in self.masters.items()}
+        return tensors | masters, {"steps": self.steps, "adamw": state}
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        load_optimizer(self.adamw, self.parameters, tensors, state["adamw"])
+        masters = {n.removesuffix(".master"): t for n, t in tensors.items() if n.endswith(".master")}
+        load_into(dict(self.masters), masters, "optimizer's float32 weights")
+        load_optimizer(self.adamw, self.parameters | self.masters, tensors, state["adamw"])
         self.steps = int(state["steps"])

@@ -51,15 +51,16 @@ class PolicyLossConfig:
     kind: str = option("ppo", "Which loss.", choices=("ppo", "reinforce", "gpg", "cispo", "sapo", "gspo", "gmpo"))
     clip_low: float = option(0.2, "The ratio is clipped below at 1 - clip_low.", low=0)
     clip_high: float = option(0.2, "And above at 1 + clip_high; larger than clip_low is DAPO's clip-higher.", low=0)
-    dual_clip: float | None = option(None, "Bounds the loss at negative advantages by -dual_clip · A; null does not.", low=1)
+    dual_clip: float | None = option(None, "Bounds the loss at negative advantages by -dual_clip · A; null does not.", above=1)
     reduction: str = option(
         "token-mean", "How tokens become one number.",
         choices=("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"),
     )  # fmt: skip
     entropy_coef: float = option(0.0, "Entropy bonus.", low=0)
     rollout_correction: str | None = option(
-        None, "Weights tokens by how far the engine's log-probs are from the trainer's: tis, mis, ...; null does not."
-    )
+        None, "Weights tokens by how far the engine's log-probs are from the trainer's; null does not.",
+        choices=("tis", "mis", "icepop"),
+    )  # fmt: skip
 
 
 @dataclass

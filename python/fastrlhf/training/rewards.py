@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import option
 from ..data import Prompt
 from ..errors import ConfigError, UserError
-from ..models import ScalarModel, load_scalar_model
+from ..models import ScalarModel, has_scalar_head, load_scalar_model
 from .batches import last_token_scores
 
 
@@ -79,7 +79,10 @@ class Rewards:
             if source.function is not None:
                 self.functions[name] = load_function(source.function)
                 continue
-            model = load_scalar_model(str(source.model), device=device, dtype=dtype).eval().requires_grad_(False)
+            assert source.model is not None
+            if not has_scalar_head(source.model):
+                raise ConfigError(f"rewards.{i}.model: {source.model} is a language model: it has no score.weight")
+            model = load_scalar_model(source.model, device=device, dtype=dtype).eval().requires_grad_(False)
             if model.decoder.config.vocab_size != vocab_size:
                 raise ConfigError(
                     f"rewards.{i}.model: {source.model} has a vocabulary of {model.decoder.config.vocab_size}, "

@@ -24,9 +24,9 @@ class SamplingConfig:
     """How completions are drawn."""
 
     max_tokens: int = option(128, "The most tokens of a completion, its end token among them.", low=1)
-    temperature: float = option(1.0, "Of the softmax; the log-probs of training are taken at it too.", low=0)
+    temperature: float = option(1.0, "Of the softmax; the log-probs of training are taken at it too.", above=0)
     top_k: int = option(0, "Draw from the k most likely tokens; 0 from all.", low=0)
-    top_p: float = option(1.0, "Draw from the smallest set whose probability reaches this.", low=0, high=1)
+    top_p: float = option(1.0, "Draw from the smallest set whose probability reaches this.", above=0, high=1)
     min_p: float = option(0.0, "Leave out tokens below this share of the most likely one's probability.", low=0, high=1)
     stop: list[str] = option([], "Strings that end a completion, besides the tokenizer's end token.")
 
