@@ -40,7 +40,7 @@ class RunConfig:
         "auto goes on from the last checkpoint, if there is one; never refuses a directory that holds a run; or a checkpoint.",
     )
     overwrite: bool = option(False, "With resume never: remove a run that is in the directory.")
-    save_every: int = option(0, "Steps between checkpoints; 0 saves at the end only.", low=0)
+    save_every: int = option(50, "Steps between checkpoints; 0 saves at the end only.", low=0)
     keep: int = option(2, "How many checkpoints to keep.", low=1)
     eval_every: int = option(0, "Steps between evaluations; 0 evaluates before and after only.", low=0)
     time_limit: float | None = option(
