@@ -27,7 +27,8 @@ def test_the_loss_is_bradley_terry(model_dir: str, pairs_file: str, tmp_path: Pa
     ours.export(tmp_path / "rm")
     hf = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     pairs = ours.stream.next(8)
-    metrics, chosen, rejected = ours.accumulate(pairs)
+    metrics = ours.accumulate(pairs)
+    chosen, rejected = ours.rewards
 
     def score(tokens: list[int]) -> torch.Tensor:
         return hf.score(hf.model(torch.tensor([tokens])).last_hidden_state[0, -1])[0]
@@ -53,7 +54,7 @@ def test_it_learns_and_keeps_what_standardises_it(model_dir: str, pairs_file: st
     for step in range(1, 31):
         ours.step(step, Silent())
     after = ours.evaluate(Silent())
-    assert float(after["accuracy"]) > 0.9 and after["pairs"] == 11
+    assert float(after["accuracy"]) > 0.9 and after["examples"] == 11
     ours.export(tmp_path / "rm")
     again = load_scalar_model(tmp_path / "rm")
     assert (again.mean, again.std) == (ours.model.mean, ours.model.std) != (0.0, 1.0)

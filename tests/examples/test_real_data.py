@@ -41,8 +41,8 @@ def test_gsm8k_and_hh_rlhf_run_through_the_chain(tmp_path: Path, capsys: pytest.
     assert after < entropy < before
 
     reward = metrics(tmp_path / "reward", "eval")[-1]
-    print(f"held-out pair accuracy {reward['accuracy']:.3f} of {reward['pairs']:.0f} pairs")
-    assert reward["pairs"] > 100 and 0 <= reward["accuracy"] <= 1
+    print(f"held-out pair accuracy {reward['accuracy']:.3f} of {reward['examples']:.0f} pairs")
+    assert reward["examples"] > 100 and 0 <= reward["accuracy"] <= 1
 
     steps = metrics(tmp_path / "ppo", None)
     assert len(steps) >= 2 and all(math.isfinite(line["policy/loss"]) for line in steps)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,17 @@ import torch
 from torch import Tensor
 
 from ..config import REQUIRED, option, section
-from ..data import Preference, PreferenceDataset, PreferenceStream, batches_by_tokens, open_rows, split
+from ..data import Preference, PreferenceDataset, PreferenceStream, Rows, batches_by_tokens, open_rows, split
 from ..errors import ConfigError
-from ..models import Packed, load_scalar_model, save_scalar_model
-from ..models.checkpoint import trainable
+from ..models import Packed, ScalarModel, load_scalar_model, save_scalar_model
 from ..ops import reward_loss
 from ..training.averages import Averages
 from ..training.loop import RunConfig
 from ..training.metrics import Value
-from ..training.optim import Optimizer, OptimizerConfig
+from ..training.optim import OptimizerConfig
 from ..training.policy import ModelConfig, load_matching_tokenizer
 from ..training.progress import Progress
-from ..training.state import load_into
-from ..training.timers import Timers
+from ..training.supervised import Supervised
 
 
 @dataclass
@@ -61,26 +59,26 @@ class RewardConfig:
     optimizer: OptimizerConfig = section(OptimizerConfig, "How weights move.", lr=9e-6, schedule="cosine", warmup_steps=10)
 
 
-class RewardTraining:
+class RewardTraining(Supervised[Preference]):
     name = "reward"
+    model: ScalarModel
 
     def __init__(self, config: RewardConfig) -> None:
-        self.config, self.steps = config, config.steps
+        self.config = config
         if config.model.lora.rank:
             raise ConfigError(f"model.lora.rank: reward models are trained whole, expected 0, got {config.model.lora.rank}")
-        self.timers = Timers(torch.cuda.synchronize if torch.cuda.is_available() else None)
         self.device = torch.device(config.model.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = getattr(torch, config.model.dtype) if config.model.dtype else None
-        self.model = load_scalar_model(config.model.path, device=self.device, dtype=dtype, seed=config.run.seed)
-        self.model.decoder.checkpoint_activations = config.model.checkpoint_activations
-        self.tokenizer = load_matching_tokenizer(config.model.path, self.model.decoder)
-        train, held_out = self._rows()
-        self.stream = PreferenceStream(self._dataset(train), config.run.seed)
-        self.held_out = None if held_out is None else self._dataset(held_out)
-        self.optimizer = Optimizer(trainable(self.model), config.optimizer, config.steps)
-        self.touched = False
+        model = load_scalar_model(config.model.path, device=self.device, dtype=dtype, seed=config.run.seed)
+        model.decoder.checkpoint_activations = config.model.checkpoint_activations
+        self.tokenizer = load_matching_tokenizer(config.model.path, model.decoder)
+        context = model.decoder.config.max_position_embeddings
+        train, rest = self._rows()
+        held_out = None if rest is None else self._dataset(rest, context)
+        stream = PreferenceStream(self._dataset(train, context), config.run.seed)
+        super().__init__(model, stream, held_out, config.optimizer, steps=config.steps, batch_size=config.batch_size)
 
-    def _rows(self) -> tuple[Any, Any]:
+    def _rows(self) -> tuple[Rows, Rows | None]:
         data = self.config.data
         rows = open_rows(data.path.split(","))
         if data.held_out is not None and data.held_out_share:
@@ -91,43 +89,29 @@ class RewardTraining:
             return rows, None
         return split(rows, data.held_out_share, self.config.run.seed)
 
-    def _dataset(self, rows: Any) -> PreferenceDataset:
+    def _dataset(self, rows: Rows, context: int) -> PreferenceDataset:
         data = self.config.data
         return PreferenceDataset(
-            rows, self.tokenizer, max_tokens=min(data.max_tokens, self.model.decoder.config.max_position_embeddings),
+            rows, self.tokenizer, max_tokens=min(data.max_tokens, context),
             prompt_field=data.prompt_field, prompt_template=data.prompt_template, margin_field=data.margin_field,
             overlong=data.overlong, invalid=data.invalid,
         )  # fmt: skip
 
-    def step(self, step: int, progress: Progress) -> Mapping[str, Value]:
-        self.touched = False
-        pairs = self.stream.next(self.config.batch_size)
-        count = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
-        with self.timers("train", count), progress.phase("train"):
-            metrics, chosen, rejected = self.accumulate(pairs)
-            taken = self.optimizer.step("reward", torch.tensor(metrics["loss"]))
-            self.touched = True
-            if self.config.standardize:
-                self._follow(torch.cat([chosen, rejected]))
-        data = {"epoch": self.stream.epoch, "skipped": self.stream.skipped, "invalid": self.stream.invalid}
-        return metrics | taken | {f"data/{name}": float(value) for name, value in data.items()}
-
-    def accumulate(self, pairs: list[Preference]) -> tuple[dict[str, float], Tensor, Tensor]:
-        """The gradient of the batch's loss, in as many micro-batches as it takes; without one where none is wanted.
-        Metrics and the rewards of both sides."""
+    def accumulate(self, examples: Sequence[Preference]) -> dict[str, float]:
+        """Leaves the rewards of both sides in `rewards`, (2, B)."""
         averages = Averages()
-        sides = ([p.prompt + p.chosen for p in pairs], [p.prompt + p.rejected for p in pairs])
+        sides = ([p.prompt + p.chosen for p in examples], [p.prompt + p.rejected for p in examples])
         longest = [max(len(a), len(b)) for a, b in zip(*sides, strict=True)]
-        rewards = torch.empty(2, len(pairs), device=self.device)
+        rewards = torch.empty(2, len(examples), device=self.device)
         # a pair's two sides go together: their difference is the loss
         for group in batches_by_tokens(longest, max(self.config.micro_batch_tokens // 2, 1)):
             tokens, pack = Packed.of([side[i] for side in sides for i in group], self.device)
             hidden = self.model.decoder(tokens, pack)[pack.cu_seqlens[1:] - 1]
             chosen, rejected = self.model.of_hidden(hidden).split(len(group))
-            margins = None if self.config.loss == "bt" else torch.tensor([self._margin(pairs[i]) for i in group])
+            margins = None if self.config.loss == "bt" else torch.tensor([self._margin(examples[i]) for i in group])
             out = reward_loss(
                 chosen, rejected, None if margins is None else margins.to(self.device), kind=self.config.loss,
-                denominator=float(len(pairs)),
+                denominator=float(len(examples)),
             )  # fmt: skip
             if torch.is_grad_enabled():
                 out.loss.backward()
@@ -139,7 +123,8 @@ class RewardTraining:
             "accuracy": float(((gap > 0).float() + 0.5 * (gap == 0)).mean()), "reward_margin": float(gap.mean()),
             "rewards/chosen": float(rewards[0].mean()), "rewards/rejected": float(rewards[1].mean()),
         }  # fmt: skip
-        return metrics, rewards[0], rewards[1]
+        self.rewards = rewards
+        return metrics
 
     def _margin(self, pair: Preference) -> float:
         if pair.margin is None:
@@ -147,43 +132,26 @@ class RewardTraining:
             raise ConfigError(f"loss: {self.config.loss} needs a margin with every pair; row {pair.index} of {where} has none")
         return pair.margin
 
+    def length(self, example: Preference) -> int:
+        return 2 * len(example.prompt) + len(example.chosen) + len(example.rejected)
+
+    def step(self, step: int, progress: Progress) -> Mapping[str, Value]:
+        metrics = super().step(step, progress)
+        if self.config.standardize:
+            self._follow(self.rewards)
+        return metrics
+
     def _follow(self, rewards: Tensor) -> None:
         """Mean and deviation of the rewards of the last batches, a tenth of the way at a time."""
         model, share = self.model, 1.0 if self.optimizer.steps == 1 else 0.1
         model.mean += share * (float(rewards.mean()) - model.mean)
         model.std += share * (max(float(rewards.std(correction=0)), 1e-3) - model.std)
 
-    @torch.no_grad()
-    def evaluate(self, progress: Progress) -> dict[str, Value]:
-        """Loss and accuracy on held-out pairs."""
-        if self.held_out is None:
-            return {}
-        found = [p for i in range(len(self.held_out)) if (p := self.held_out[i]) is not None]
-        if not found:
-            raise ConfigError(f"data.held_out: no pair in it has at most {self.held_out.max_tokens} tokens")
-        averages = Averages()
-        for i in range(0, len(found), self.config.batch_size):
-            part = found[i : i + self.config.batch_size]
-            for name, value in self.accumulate(part)[0].items():
-                averages.value(name, value, float(len(part)))
-        return {**averages.pop(), "pairs": float(len(found))}
-
-    def samples(self) -> list[dict[str, Any]]:
-        return []
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {"model": dict(trainable(self.model)), "optimizer": self.optimizer.save()[0]}
-
     def state(self) -> dict[str, Any]:
-        return {
-            "optimizer": self.optimizer.save()[1], "data": self.stream.state_dict(), "mean": self.model.mean,
-            "std": self.model.std,
-        }  # fmt: skip
+        return super().state() | {"mean": self.model.mean, "std": self.model.std}
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        load_into(trainable(self.model), tensors["model"], "model")
-        self.optimizer.load(tensors["optimizer"], state["optimizer"])
-        self.stream.load_state_dict(state["data"])
+        super().restore(tensors, state)
         self.model.mean, self.model.std = state["mean"], state["std"]
 
     def export(self, directory: Path) -> None:

@@ -15,8 +15,8 @@ from ..config import REQUIRED, option, section
 from ..data import PromptDataset, PromptStream, open_rows
 from ..errors import ConfigError
 from ..generation import EmbeddedEngine
-from ..generation.embedded.sequence import mix
 from ..ops import AdaptiveKL, FixedKL
+from ..seeds import mix
 from .loop import RunConfig
 from .metrics import Value
 from .policy import ModelConfig, Policy, UpdateConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import option
 from ..data import Prompt
 from ..generation import Completion, Engine, Sampling
-from ..generation.embedded.sequence import mix
+from ..seeds import mix
 from .batches import Sequences
 from .progress import Progress
 from .rewards import Rewards, Scored

@@ -18,11 +18,12 @@ from ...models.checkpoint import load_weights
 from ...models.decoder import Decoder
 from ...ops import sample
 from ...ops.paged_attention import BLOCK
+from ...seeds import mix
 from ..engine import Completion, Finished, GenerationStats, Sampling
 from .blocks import BlockManager
 from .cache import Cache, Paged
 from .scheduler import Scheduler, Span
-from .sequence import Sequence, mix
+from .sequence import Sequence
 
 _ROWS = 8
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
