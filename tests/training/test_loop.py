@@ -281,3 +281,9 @@ def test_the_run_directory_has_everything(on_policy: Callable[..., list[str]], p
     assert "tokens_per_second/generate" in (tmp_path / "run" / "metrics.jsonl").read_text()
     again = on_policy("--config", str(tmp_path / "run" / "config.yaml"), directory="again")
     assert run("ppo", again).after == pytest.approx(result.after)
+
+
+def test_a_rollout_of_which_nothing_counts_is_no_error(on_policy: Callable[..., list[str]], tmp_path: Path) -> None:
+    words = on_policy("--score.unended", "mask", "--sampling.max_tokens", "1", "--completions_per_prompt", "2")
+    assert run("grpo", words).finished
+    assert all(line["policy/tokens"] >= 0 and "not_finite" not in line for line in lines(tmp_path / "run"))

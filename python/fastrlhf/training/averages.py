@@ -34,6 +34,9 @@ class Averages:
             self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def pop(self) -> dict[str, float]:
-        out = {n: float(s / self._weights[n]) if n in self._weights else float(s) for n, s in self._sums.items()}
+        """The statistics so far; starts again from nothing. Where nothing was counted, 0."""
+        out = {name: float(total) for name, total in self._sums.items()}
+        for name, weight in self._weights.items():
+            out[name] = out[name] / float(weight) if float(weight) else 0.0
         self._sums, self._weights = {}, {}
         return out
