@@ -98,3 +98,32 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     print(f"wrote {path}")
+
+
+def markdown(path: Path) -> str:
+    """The tables of docs/benchmarks.md from a file of results: `python -m bench.report FILE.json`."""
+    data = json.loads(path.read_text())
+    rows = [r for r in data["rows"] if "skipped" not in r]
+    m = data["machine"]
+    lines = [
+        f"{m['processor']}, {m['cores']} cores, {m['isa']}, torch {m['torch']}, TRL {m['trl']}, verl {m['verl']}, revision "
+        f"{m['revision']}.", "",
+        "| op | case | variant | median | times ours | of floor | largest error |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in rows:
+        if r["op"] == "call":
+            continue
+        name = f"**{r['variant']}**" if r["variant"].startswith(OURS) else r["variant"]
+        floor = f"{r['of_floor']:.0%}" if "of_floor" in r else ""
+        error = f"{r['max_error']:.0e}" if "max_error" in r else ""
+        times = f"{r['slower_than_ours']:.2f}"
+        lines.append(f"| {r['op']} | {r['case']} | {name} | {seconds(r['median_s'])} | {times} | {floor} | {error} |")
+    lines += ["", "| op | median | p20 |", "|---|---|---|"]
+    for r in rows:
+        if r["op"] == "call":
+            lines.append(f"| {r['case']} | {seconds(r['median_s'])} | {seconds(r['p20_s'])} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(Path(sys.argv[1])))

@@ -17,7 +17,7 @@ from ..errors import UserError, extra
 from ..training.loop import COLUMNS, Result
 from ..training.report import write_report
 from .console import Console
-from .main import COMMANDS, _run
+from .main import COMMANDS, dispatch
 from .train import arguments, train
 
 USAGE = """usage: fastrlhf chain FILE.yaml [--NAME VALUE ...]
@@ -167,7 +167,7 @@ def run(stage: Stage, console: Console) -> Result | None:
         return train(stage.command[1], file, ["--run.resume", "auto", *overrides], progress=console)
     else:
         console.message(f"== {stage.name}: fastrlhf {stage.command[0]}")
-        status = _run(stage.command[0], stage.command[1:])
+        status = dispatch(stage.command[0], stage.command[1:])
     if status:
         raise UserError(f"{stage.name}: ended with status {status}")
     return None

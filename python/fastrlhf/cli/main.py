@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastrlhf {__version__}")
         return 0
     try:
-        return _run(words[0], words[1:])
+        return dispatch(words[0], words[1:])
     except UserError as error:
         if debug:
             raise
@@ -74,7 +74,8 @@ def usage() -> str:
     )  # fmt: skip
 
 
-def _run(name: str, arguments: list[str]) -> int:
+def dispatch(name: str, arguments: list[str]) -> int:
+    """Runs one subcommand; its exit status."""
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
