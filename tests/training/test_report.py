@@ -25,11 +25,10 @@ def write(directory: Path, steps: int, values: dict[str, float], phase: str | No
 
 
 def test_each_metric_finds_its_panel():
-    found = {
-        panel.title: names for panel, names in panels(dict.fromkeys(PPO) | {"eval/accuracy": None, "eval/reward/mean": None})
-    }
+    more = ("eval/accuracy", "eval/reward/mean", "policy/rollout_corrected_fraction", "reward/exact")
+    found = {panel.title: names for panel, names in panels(dict.fromkeys((*PPO, *more)))}
     assert found == {
-        "Reward": ["reward/mean", "reward/checker", "eval/reward/mean"],
+        "Reward": ["reward/mean", "reward/checker", "eval/reward/mean", "reward/exact"],
         "Accuracy": ["eval/accuracy"],
         "KL divergence": ["kl/ref", "policy/approx_kl_k3"],
         "Clipped tokens": ["policy/clip_fraction_low"],

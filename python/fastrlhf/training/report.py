@@ -31,7 +31,7 @@ class Panel:
 
 PANELS = (
     Panel("Reward", "reward", ("reward", "reward/*", "rewards", "rewards/*"), but=("*std*", "*loss*", "*accuracy*")),
-    Panel("Accuracy", "fraction", ("*accuracy*", "*exact*", "*correct*")),
+    Panel("Accuracy", "fraction", ("*accuracy*", "*exact*", "*correct*"), but=("*corrected*",)),
     Panel("KL divergence", "nats per token", ("kl", "kl/*", "*ref_kl*", "*approx_kl*", "*_kl"), but=("*coef*",)),
     Panel("Clipped tokens", "fraction", ("*clip_fraction*", "*clipfrac*")),
     Panel("Entropy", "nats per token", ("entropy", "entropy/*", "*/entropy")),
