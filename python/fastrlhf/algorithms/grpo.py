@@ -18,7 +18,7 @@ from ..training.rollout import Rollout
 
 @dataclass
 class GRPOConfig(OnPolicyConfig):
-    """fastrlhf train grpo"""
+    """Group-relative policy optimization."""
 
     completions_per_prompt: int = option(8, "Completions of each prompt, its group.", low=1)
     kl: KLConfig = section(KLConfig, "The pull towards the reference.", coef=0.04, where="loss", kind="k3")

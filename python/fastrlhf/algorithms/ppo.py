@@ -26,7 +26,7 @@ from ..training.rollout import Rollout
 
 @dataclass
 class PPOConfig(OnPolicyConfig):
-    """fastrlhf train ppo"""
+    """Proximal policy optimization with a critic."""
 
     gamma: float = option(1.0, "Discount of later rewards.", low=0, high=1)
     lam: float = option(0.95, "λ of the generalized advantage estimate.", low=0, high=1)

@@ -43,7 +43,7 @@ class PreferenceConfig:
 
 @dataclass
 class RewardConfig:
-    """fastrlhf train reward"""
+    """A reward model from preference pairs."""
 
     run: RunConfig = section(RunConfig, "Where the run lives.")
     model: ModelConfig = section(ModelConfig, "The language model, or reward model, to start from.")

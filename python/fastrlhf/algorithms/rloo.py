@@ -12,7 +12,7 @@ from .grpo import GroupRelative, GRPOConfig
 
 @dataclass
 class RLOOConfig(GRPOConfig):
-    """fastrlhf train rloo"""
+    """REINFORCE leave-one-out."""
 
     completions_per_prompt: int = option(4, "Completions of each prompt.", low=1)
     kl: KLConfig = section(KLConfig, "The pull towards the reference.", coef=0.05, where="reward", kind="k1")

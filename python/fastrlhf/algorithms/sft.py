@@ -39,7 +39,7 @@ class ConversationConfig:
 
 @dataclass
 class SFTConfig:
-    """fastrlhf train sft"""
+    """Supervised fine-tuning."""
 
     run: RunConfig = section(RunConfig, "Where the run lives.")
     model: ModelConfig = section(ModelConfig, "The model to start from.")
