@@ -118,9 +118,13 @@ def test_end_tokens_and_strings(model: Decoder) -> None:
 
 
 def test_completions_stream_as_they_end(model: Decoder) -> None:
+    engine = EmbeddedEngine(model)
+    options = Sampling(max_tokens=20, stop_tokens=tuple(range(0, 101, 10)))
+    seen = list(engine.stream(prompts(), options, seeds=range(12)))
+    lengths = [len(f.completion.tokens) for f in seen]
+    assert sorted(f.prompt for f in seen) == list(range(12))
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]  # the shortest first: none waits for another
     engine = EmbeddedEngine(model, max_sequences=4)
-    seen = [f.prompt for f in engine.stream(prompts(), Sampling(max_tokens=5))]
-    assert (sorted(seen) == list(range(12)) and seen != list(range(12))) or seen == list(range(12))
     first = next(iter(engine.stream(prompts(), Sampling(max_tokens=5))))
     assert len(first.completion.tokens) == 5
     assert engine.stats.completion_tokens < 12 * 5  # the rest was not yet drawn

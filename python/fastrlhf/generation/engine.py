@@ -5,8 +5,8 @@ The embedded engine, TensorRT-LLM, vLLM and SGLang stand behind this.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -83,7 +83,6 @@ class GenerationStats:
     forward_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
-    extra: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -92,10 +91,11 @@ class Engine(Protocol):
     stats: GenerationStats
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int] | None = None
-    ) -> list[list[Completion]]:
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:  # fmt: skip
         """n completions of each prompt. `seeds`: one for each prompt; the same seed draws the same completions whatever
-        else is in the batch."""
+        else is in the batch. `progress` is told of each that ends."""
         ...
 
     def stream(

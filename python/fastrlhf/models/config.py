@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -124,9 +124,6 @@ class DecoderConfig:
         if self.model_type == "llama":
             out["mlp_bias"] = self.mlp_bias
         return out
-
-    def with_vocab(self, vocab_size: int) -> DecoderConfig:
-        return replace(self, vocab_size=vocab_size)
 
 
 def _rope_of(config: Mapping[str, Any]) -> dict[str, Any]:

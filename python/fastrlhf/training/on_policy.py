@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +196,8 @@ class OnPolicy(ABC):
         prompts = [p for i in range(len(self.held_out)) if (p := self.held_out[i]) is not None]
         if not prompts:
             raise ConfigError(f"data.held_out: every prompt is longer than {self.config.data.max_prompt_tokens} tokens")
-        sampling = self.config.sampling.sampling(1, self.tokenizer.eos_token_id)
-        sampling = type(sampling)(**{**sampling.__dict__, "temperature": self.config.eval_temperature})
+        drawn = self.config.sampling.sampling(1, self.tokenizer.eos_token_id)
+        sampling = replace(drawn, temperature=self.config.eval_temperature)
         rollout = collect(
             self.engine, prompts, sampling, self.rewards, ScoreConfig(), self.tokenizer, seed=self.config.run.seed,
             device=self.policy.device, timers=self.timers, progress=progress,

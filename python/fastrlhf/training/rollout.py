@@ -102,12 +102,7 @@ def collect(
     """Generate n completions of each prompt and score them. `seed` and a prompt's place decide what is drawn."""
     seeds = [mix(seed, i) for i in range(len(prompts))]
     with timers("generate"), progress.phase("generate", len(prompts) * sampling.n) as phase:
-        groups: list[list[Completion]] = [[] for _ in prompts]
-        found: dict[tuple[int, int], Completion] = {}
-        for done in engine.stream([p.tokens for p in prompts], sampling, seeds=seeds):
-            found[done.prompt, done.sample] = done.completion
-            phase.advance()
-        groups = [[found[i, s] for s in range(sampling.n)] for i in range(len(prompts))]
+        groups = engine.generate([p.tokens for p in prompts], sampling, seeds=seeds, progress=phase.advance)
     timers.count("generate", engine.stats.completion_tokens)
     completions = [c for group in groups for c in group]
     asked = [p for p in prompts for _ in range(sampling.n)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 class BlockManager:
     def __init__(self, blocks: int) -> None:
-        self.total = blocks
         self._free = list(range(blocks - 1, -1, -1))  # the lowest first
         self._holders = [0] * blocks
 

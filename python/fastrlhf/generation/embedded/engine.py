@@ -18,7 +18,7 @@ from ...models.checkpoint import load_weights
 from ...models.decoder import Decoder
 from ...ops import sample
 from ...ops.paged_attention import BLOCK
-from ...seeds import mix
+from ...seeds import GOLDEN, mix
 from ..engine import Completion, Finished, GenerationStats, Sampling
 from .blocks import BlockManager
 from .cache import Cache, Paged
@@ -26,7 +26,7 @@ from .scheduler import Scheduler, Span
 from .sequence import Sequence
 
 _ROWS = 8
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_STRIDE = GOLDEN - 2**64  # as int64
 
 
 class EmbeddedEngine:
@@ -189,7 +189,7 @@ class EmbeddedEngine:
         options = drawing[0].sampling
         out = sample(
             logits, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
-            seed=base + drawn * _GOLDEN, backend=None if logits.is_cpu else "reference",
+            seed=base + drawn * _STRIDE, backend=None if logits.is_cpu else "reference",
         )  # fmt: skip
         assert out.logprobs is not None
         return out.tokens.tolist(), out.logprobs.tolist()

@@ -35,14 +35,14 @@ class Scheduler:
         spans: list[Span] = []
         left = self.max_batch_tokens
         for sequence in list(self.running):
-            if sequence not in self.running or not left:  # it made room for an earlier one
+            if not left:
+                break
+            if not sequence.blocks:  # it made room for an earlier one
                 continue
             end = min(len(sequence.tokens), sequence.cached + left)
             if self._make_room(sequence, end):
                 spans.append(Span(sequence, sequence.cached, end, end == len(sequence.tokens)))
                 left -= end - sequence.cached
-        held = {id(s) for s in self.running}
-        spans = [s for s in spans if id(s.sequence) in held]
         while self.waiting and left:
             sequence = self.waiting[0]
             if self.running and self._count() + 1 + sequence.siblings > self.max_sequences:
