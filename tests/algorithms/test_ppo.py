@@ -130,7 +130,7 @@ def test_two_steps_equal_plain_torch(
         for (n, a), b in zip(ours.named_parameters(), model.parameters(), strict=True):
             assert (a - b).abs().max() < 1e-5, n
     start = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
-    moved = max(float((a - b).abs().max()) for a, b in zip(plain.policy.parameters(), start.parameters(), strict=True))
+    moved = max(float((a - b).detach().abs().max()) for a, b in zip(plain.policy.parameters(), start.parameters(), strict=True))
     assert moved > 1e-3  # it was a step
 
 

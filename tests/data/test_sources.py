@@ -9,6 +9,7 @@ import tracemalloc
 
 import pytest
 from fastrlhf.data import DataError, open_rows
+from fastrlhf.errors import MissingExtra
 
 from .conftest import real
 
@@ -146,11 +147,11 @@ def test_hub(monkeypatch):
         open_rows("hf:x/y", split="none")
 
 
-@pytest.mark.parametrize("name, path", [("pyarrow", "t.parquet"), ("datasets", "hf:x/y")])
-def test_missing_library_names_the_extra(tmp_path, monkeypatch, name, path):
+@pytest.mark.parametrize("name, path, extra", [("pyarrow", "t.parquet", "train"), ("datasets", "hf:x/y", "hub")])
+def test_missing_library_names_the_extra(tmp_path, monkeypatch, name, path, extra):
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"needs {name}: pip install 'fastrlhf\[train\]'"):
+    with pytest.raises(MissingExtra, match=rf"{name}: not usable here .*pip install 'fastrlhf\[{extra}\]'"):
         open_rows(path if ":" in path else tmp_path / path)
 
 

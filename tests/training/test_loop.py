@@ -247,6 +247,7 @@ def test_bad_configurations_and_data_are_named(
         (["--data.path", str(long), "--data.overlong", "error"], "long.jsonl:1: the prompt has"),
         (["--data.path", str(tmp_path / "none.jsonl")], "none.jsonl"),
         (["--model.path", str(tmp_path)], "config.json does not exist"),
+        (["--model.device", "gpu7"], "device: 'gpu7' cannot be used here"),
     ):
         assert main(["train", "ppo", *on_policy(*more)]) == 2, message
         assert message in capsys.readouterr().err

@@ -15,6 +15,7 @@ from ..config import REQUIRED, option, section
 from ..data import Preference, PreferenceDataset, PreferenceStream, Rows, batches_by_tokens, open_rows, split
 from ..errors import ConfigError
 from ..models import Packed, ScalarModel, load_scalar_model, save_scalar_model
+from ..models.placement import device_of, dtype_of
 from ..ops import reward_loss
 from ..training.averages import Averages
 from ..training.loop import RunConfig
@@ -67,8 +68,7 @@ class RewardTraining(Supervised[Preference]):
         self.config = config
         if config.model.lora.rank:
             raise ConfigError(f"model.lora.rank: reward models are trained whole, expected 0, got {config.model.lora.rank}")
-        self.device = torch.device(config.model.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = getattr(torch, config.model.dtype) if config.model.dtype else None
+        self.device, dtype = device_of(config.model.device), dtype_of(config.model.dtype)
         model = load_scalar_model(config.model.path, device=self.device, dtype=dtype, seed=config.run.seed)
         model.decoder.checkpoint_activations = config.model.checkpoint_activations
         self.tokenizer = load_matching_tokenizer(config.model.path, model.decoder)

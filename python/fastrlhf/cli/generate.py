@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from ..config import REQUIRED, option
 from ..data import Prompt, PromptDataset, Row, Rows, Skipped, load_tokenizer, open_rows
 from ..data.prompts import PromptReader
@@ -21,6 +19,7 @@ from ..data.template import Message
 from ..errors import UserError
 from ..generation import Completion, EmbeddedEngine, Finished, Sampling
 from ..models import load_decoder
+from ..models.placement import device_of, dtype_of
 from .arguments import arguments, user_errors
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -51,7 +50,7 @@ class GenerateOptions:
     stop: list[str] = option([], "Text that ends a completion and belongs to it; the option given again is another.")
     seed: int = option(0, "The same seed draws the same completions.", low=0)
     output: str | None = option(None, "File of JSON lines, one a completion, in the order of the prompts; null prints them.")
-    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto is a GPU where there is one.")
+    device: str | None = option(None, "cpu, cuda, cuda:1; null is cuda where there is one.")
     dtype: str | None = option(None, "Of the weights; null is the checkpoint's.", choices=DTYPES)
     max_sequences: int = option(256, "Sequences in the batch at once.", low=1)
 
@@ -63,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     if bool(options.prompt) == bool(options.data):
         raise UserError(f"prompt, data: expected one of them, got {'both' if options.data else 'neither'}")
     with user_errors():
-        model = load_decoder(options.model, device=_device(options.device), dtype=_dtype(options.dtype))
+        model = load_decoder(options.model, device=device_of(options.device), dtype=dtype_of(options.dtype))
         tokenizer = load_tokenizer(options.model)
         engine = EmbeddedEngine(model, tokenizer, max_sequences=options.max_sequences)
         prompts, seeds = read_prompts(options, tokenizer, engine.context)
@@ -167,18 +166,3 @@ def _line(prompt: Prompt, sample: int, completion: Completion, text: str) -> str
         "row": dict(prompt.row),
     }
     return json.dumps(fields, ensure_ascii=False, default=str)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    return None if name is None else getattr(torch, name)

@@ -7,8 +7,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..errors import extra
 from . import cache
-from .extras import library
 from .rows import DataError, Row, Rows
 
 BATCH = 256  # rows
@@ -24,8 +24,8 @@ class Parquet(Rows):
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
-        pyarrow = library("pyarrow", f"reading {path}")
-        library("pyarrow.parquet", f"reading {path}")
+        pyarrow = extra("pyarrow")
+        extra("pyarrow.parquet")
         try:
             decoded = cache.derived(path, ".arrow", lambda out: _decode(path, out))
         except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
@@ -47,8 +47,8 @@ class Parquet(Rows):
 
 
 def _decode(path: Path, out: BinaryIO) -> None:
-    pyarrow = library("pyarrow", f"reading {path}")
-    parquet = library("pyarrow.parquet", f"reading {path}")
+    pyarrow = extra("pyarrow")
+    parquet = extra("pyarrow.parquet")
     with parquet.ParquetFile(path) as file, pyarrow.ipc.new_file(out, file.schema_arrow) as writer:
         for batch in file.iter_batches(batch_size=BATCH):
             writer.write_batch(batch)
@@ -72,7 +72,7 @@ class HubDataset(Rows):
 
 def open_saved(path: Path, split: str) -> HubDataset:
     """A directory written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
-    datasets = library("datasets", f"reading {path}")
+    datasets = extra("datasets", "hub")
     try:
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever datasets raises of a damaged directory
@@ -86,7 +86,7 @@ def open_saved(path: Path, split: str) -> HubDataset:
 
 def open_hub(name: str, split: str) -> HubDataset:
     """`owner/dataset` or `owner/dataset:configuration` on the Hugging Face hub, or in its local cache."""
-    datasets = library("datasets", f"reading hf:{name}")
+    datasets = extra("datasets", "hub")
     repository, _, configuration = name.partition(":")
     try:
         dataset = datasets.load_dataset(repository, configuration or None, split=split)

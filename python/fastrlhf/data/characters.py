@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .extras import library
+from ..errors import extra
 from .tokenizer import END, PAD
 
 UNKNOWN = "<|unk|>"
@@ -17,8 +17,8 @@ def character_tokenizer(texts: Iterable[str], *, chat_template: str | None = Non
     Text of these characters comes back unchanged; each other character is `<|unk|>`. `<|endoftext|>` ends a sequence,
     `<|pad|>` pads. The same characters give the same tokenizer. ValueError where the texts hold none.
     """
-    tokenizers = library("tokenizers", "making a tokenizer")
-    transformers = library("transformers", "making a tokenizer")
+    tokenizers = extra("tokenizers")
+    transformers = extra("transformers")
     alphabet = sorted({character for text in texts for character in text})
     if not alphabet:
         raise ValueError("texts: expected text with at least one character, got none")

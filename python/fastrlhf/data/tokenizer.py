@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from .extras import library
+from ..errors import extra
 from .rows import Rows
 
 END, TURN, TURN_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
@@ -38,7 +38,7 @@ def load_tokenizer(path: str | Path) -> Any:
     A tokenizer without a padding token pads with its end-of-sequence token. FileNotFoundError where a path holds no
     tokenizer, ValueError where the tokenizer has no end-of-sequence token: nothing would tell generation to stop.
     """
-    transformers = library("transformers", "loading a tokenizer")
+    transformers = extra("transformers")
     local = Path(path).is_dir()
     if not local and (Path(path).is_absolute() or str(path).startswith(("./", "../", "~"))):
         raise FileNotFoundError(f"{path}: no such directory")
@@ -70,8 +70,8 @@ def train_tokenizer(
     special_tokens: the first is the end of a sequence. A padding token `<|pad|>` is added.
     chat_template: Jinja; ChatML where it is not given and `<|im_start|>`, `<|im_end|>` are special tokens.
     """
-    tokenizers = library("tokenizers", "training a tokenizer")
-    transformers = library("transformers", "training a tokenizer")
+    tokenizers = extra("tokenizers")
+    transformers = extra("transformers")
     specials = list(dict.fromkeys((*special_tokens, PAD)))
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     if not special_tokens:

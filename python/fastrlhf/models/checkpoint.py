@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..errors import extra
 from ..parallel import ColumnParallelLinear, ParallelGroups, RowParallelLinear, VocabParallelEmbedding
 from ..parallel.layers import whole_of
 from .config import DecoderConfig
@@ -193,7 +194,7 @@ def _fill(model: Decoder, directory: str | Path) -> None:
 
 
 def _read(directory: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
-    safe_open = _safetensors().safe_open
+    safe_open = extra("safetensors").safe_open
     for path in _files(directory):
         with safe_open(path, framework="pt") as f:
             for name in f.keys():  # noqa: SIM118  # not a mapping
@@ -214,13 +215,13 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _save(
-    model: Decoder, extra: Mapping[str, Tensor], config: dict[str, Any], directory: str | Path, tokenizer: Any,
+    model: Decoder, head: Mapping[str, Tensor], config: dict[str, Any], directory: str | Path, tokenizer: Any,
     dtype: torch.dtype | None, max_shard_bytes: int,
 ) -> None:  # fmt: skip
     directory, writer = Path(directory), model.groups.tp.rank == 0
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
-    for name, tensor in [*extra.items(), *named_weights(model)]:
+    for name, tensor in [*head.items(), *named_weights(model)]:
         if not writer:
             continue
         held = tensor.detach().to("cpu", dtype if name != HEAD else torch.float32).contiguous()
@@ -235,7 +236,7 @@ def _save(
     kind = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
     config |= {"torch_dtype": kind, "dtype": kind}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file = _safetensors("torch").save_file
+    save_file = extra("safetensors.torch").save_file
     if len(shards) == 1:
         save_file(shards[0], directory / WEIGHTS, metadata={"format": "pt"})
     else:
@@ -254,17 +255,3 @@ def _save(
 def _dtype_of(config: DecoderConfig) -> torch.dtype:
     name = config.source.get("dtype") or config.source.get("torch_dtype") or "float32"
     return getattr(torch, str(name).removeprefix("torch."))
-
-
-def _safetensors(module: str = "") -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(f"model directories need safetensors ({error}): pip install 'fastrlhf[train]'") from None
-    return safetensors.torch if module else safetensors
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that take gradients, by name."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from .decoder import Attention
 
 
+def offsets_of(lengths: Sequence[int]) -> Tensor:
+    """Where each of them begins one after another, and the end: int64 (B + 1), on the CPU."""
+    out = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    torch.cumsum(torch.tensor(lengths, dtype=torch.int64), 0, out=out[1:])
+    return out
+
+
 class Packed:
     """Sequences of the given lengths, one after another. `cu_seqlens` int64 (B + 1), `positions` int64 (total)."""
 
@@ -26,9 +33,7 @@ class Packed:
             raise ValueError(f"lengths: expected one or more, each >= 1, got {list(lengths)[:8]}")
         self.lengths = list(lengths)
         self.longest = max(lengths)
-        counts = torch.tensor(self.lengths, dtype=torch.int64)
-        cu = torch.zeros(len(lengths) + 1, dtype=torch.int64)
-        torch.cumsum(counts, 0, out=cu[1:])
+        counts, cu = torch.tensor(self.lengths, dtype=torch.int64), offsets_of(self.lengths)
         total = int(cu[-1])
         starts = torch.repeat_interleave(cu[:-1], counts)
         self.cu_seqlens = cu.to(device)

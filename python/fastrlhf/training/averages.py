@@ -15,11 +15,11 @@ class Averages:
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor | float] = {}
 
-    def add(self, stats: LossStats, prefix: str = "") -> None:
+    def add(self, stats: LossStats) -> None:
         """The statistics of a loss, weighted by its tokens."""
         weight = stats.get("tokens")
         for name, value in zip(stats.names, stats.values, strict=True):
-            self.value(prefix + name, value, weight)
+            self.value(name, value, weight)
 
     def value(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
         value = torch.as_tensor(value, dtype=torch.float32)

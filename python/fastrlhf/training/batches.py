@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data import batches_by_tokens
 from ..models import Decoder, Packed, ScalarModel, token_logprobs
+from ..models.packed import offsets_of
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,7 @@ class Sequences:
 
     @property
     def offsets(self) -> Tensor:
-        out = torch.zeros(len(self.tokens) + 1, dtype=torch.int64)
-        torch.cumsum(torch.tensor(self.completion_lengths, dtype=torch.int64), 0, out=out[1:])
-        return out
+        return offsets_of(self.completion_lengths)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -58,12 +57,12 @@ def micro_batches(sequences: Sequences, members: Sequence[int], max_tokens: int,
     for group in batches_by_tokens(lengths, max_tokens):
         chosen = sorted(members[i] for i in group)
         tokens, pack = Packed.of([sequences.tokens[m] for m in chosen], device)
-        counts = torch.tensor([len(sequences.tokens[m]) - sequences.prompt_lengths[m] for m in chosen])
-        cu = torch.zeros(len(chosen) + 1, dtype=torch.int64)
-        torch.cumsum(counts, 0, out=cu[1:])
-        within = torch.arange(int(cu[-1])) - torch.repeat_interleave(cu[:-1], counts)
+        whole = [len(sequences.tokens[m]) for m in chosen]
         prompts = torch.tensor([sequences.prompt_lengths[m] for m in chosen])
-        starts = pack.cu_seqlens[:-1].cpu() + prompts - 1
+        counts = torch.tensor(whole) - prompts
+        cu = offsets_of(counts.tolist())
+        within = torch.arange(int(cu[-1])) - torch.repeat_interleave(cu[:-1], counts)
+        starts = offsets_of(whole)[:-1] + prompts - 1
         at = (torch.repeat_interleave(starts, counts) + within).to(device)
         rows = torch.repeat_interleave(offsets[torch.tensor(chosen)], counts) + within
         yield MicroBatch(chosen, tokens, pack, at, tokens[at + 1], rows.to(device), cu.to(device))

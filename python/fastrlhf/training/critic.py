@@ -12,11 +12,10 @@ from torch import Tensor
 from ..config import option, section
 from ..errors import ConfigError
 from ..models import load_scalar_model, save_scalar_model
-from ..models.checkpoint import trainable
 from ..ops import value_loss
 from .averages import Averages
 from .batches import Sequences, completion_values, micro_batches
-from .optim import Optimizer, OptimizerConfig
+from .optim import Optimizer, OptimizerConfig, trainable
 from .policy import minibatches
 from .rollout import Rollout
 from .state import load_into
@@ -63,10 +62,10 @@ class Critic:
         """Epochs of minibatches over a rollout, towards `returns` (tokens)."""
         assert rollout.values is not None
         averages = Averages()
-        offsets = rollout.cu_seqlens.tolist()
+        lengths = rollout.sequences.completion_lengths
         for epoch in range(self.config.epochs):
             for members in minibatches(len(rollout), self.minibatch, self.seed, step, epoch):
-                tokens = sum(offsets[m + 1] - offsets[m] for m in members)
+                tokens = sum(lengths[m] for m in members)
                 total = torch.zeros((), device=returns.device)
                 for batch in micro_batches(rollout.sequences, members, self.config.micro_batch_tokens, returns.device):
                     hidden = self.model.decoder(batch.tokens, batch.pack)[batch.at]

@@ -15,6 +15,11 @@ from ..errors import UserError
 from .state import load_into, load_optimizer, optimizer_tensors
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that take gradients, by name."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
 class NotFinite(UserError, ArithmeticError):
     """A loss or gradient that is NaN or infinite; no weight was changed by it."""
 

@@ -14,12 +14,12 @@ from ..config import REQUIRED, option, section
 from ..data import load_tokenizer
 from ..errors import ConfigError
 from ..models import Decoder, adapters_off, add_lora, load_decoder, save_decoder, token_logprobs
-from ..models.checkpoint import trainable
 from ..models.lora import PROJECTIONS, adapters
+from ..models.placement import device_of, dtype_of
 from ..ops import policy_loss
 from .averages import Averages
 from .batches import Sequences, completion_logprobs, micro_batches
-from .optim import Optimizer, OptimizerConfig
+from .optim import Optimizer, OptimizerConfig, trainable
 from .rollout import Rollout
 from .state import load_into
 
@@ -76,8 +76,7 @@ class UpdateConfig:
 
 def load_model(config: ModelConfig, seed: int) -> tuple[Decoder, torch.device, torch.dtype | None]:
     """The decoder a section describes, in training mode, adapters on."""
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = getattr(torch, config.dtype) if config.dtype else None
+    device, dtype = device_of(config.device), dtype_of(config.dtype)
     model = load_decoder(config.path, device=device, dtype=dtype)
     model.checkpoint_activations = config.checkpoint_activations
     if config.lora.rank:
@@ -208,15 +207,10 @@ def minibatches(size: int, minibatch: int, seed: int, step: int, epoch: int) -> 
 
 
 def _denominator(rollout: Rollout, members: list[int], reduction: str) -> float:
-    counted = [float(rollout.mask[a:b].sum()) for a, b in _spans(rollout, members)]
+    counted = [rollout.counted[m] for m in members]
     if reduction == "token-mean":
-        return max(sum(counted), 1.0)
+        return float(max(sum(counted), 1))
     sequences = max(sum(c > 0 for c in counted), 1)
     if reduction == "seq-mean-token-sum-norm":
         return float(sequences * max(rollout.sequences.completion_lengths))
     return float(sequences)
-
-
-def _spans(rollout: Rollout, members: list[int]) -> list[tuple[int, int]]:
-    offsets = rollout.cu_seqlens.tolist()
-    return [(offsets[m], offsets[m + 1]) for m in members]

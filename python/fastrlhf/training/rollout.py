@@ -58,7 +58,8 @@ class Rollout:
     """P prompts with n completions each, N = P · n, prompt by prompt. Per-token tensors are packed over the completions.
 
     `scored` is what the rewards gave, `scores` (N) with the penalties. `mask` (tokens) is 0 where the policy's loss does
-    not count. `logprobs`, `ref_logprobs`, `values` are filled in by who needs them.
+    not count, `counted` (N) how many tokens of a completion it counts.
+    `logprobs`, `ref_logprobs`, `values` are filled in by who needs them.
     """
 
     prompts: list[Prompt]
@@ -70,6 +71,7 @@ class Rollout:
     group_ids: Tensor
     rollout_logprobs: Tensor
     mask: Tensor
+    counted: list[int]
     cu_seqlens: Tensor
     logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
@@ -125,6 +127,7 @@ def collect(
         group_ids=torch.arange(len(prompts)).repeat_interleave(sampling.n).to(device),
         rollout_logprobs=torch.tensor([x for c in completions for x in c.logprobs], dtype=torch.float32, device=device),
         mask=torch.repeat_interleave(kept.float(), lengths).to(device),
+        counted=(kept * lengths).tolist(),
         cu_seqlens=sequences.offsets.to(device),
         metrics=_metrics(scored, lengths, ended, prompts),
     )

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from ..data import Dataset, ExampleStream
 from ..errors import ConfigError
-from ..models.checkpoint import trainable
 from .averages import Averages
 from .metrics import Value
-from .optim import Optimizer, OptimizerConfig
+from .optim import Optimizer, OptimizerConfig, trainable
 from .progress import Progress
 from .state import load_into
 from .timers import Timers
