@@ -37,7 +37,7 @@ def load_stage(stage: chain.Stage) -> Any:
     """What a stage of a chain would run with."""
     command, *words = stage.command
     if command == "train":
-        return load(train.classes(words[0])[0], *train.arguments(words[1:]))
+        return train.configure(words[0], words[1:])
     assert command == "init", f"{stage.name}: this test does not know fastrlhf {command}"
     return arguments.arguments("init", init.InitOptions, words)
 

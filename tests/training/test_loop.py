@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from fastrlhf.cli.main import main
-from fastrlhf.cli.train import arguments, train
+from fastrlhf.cli.train import configure, train
 from fastrlhf.data import load_tokenizer
 from fastrlhf.errors import CheckpointError, ConfigError, UserError
 from fastrlhf.models import Decoder, read_config, save_decoder
@@ -43,8 +43,7 @@ def _whole() -> None:
 
 
 def run(algorithm: str, words: list[str]) -> Any:
-    file, overrides = arguments(words)
-    return train(algorithm, file, overrides, progress=Silent())
+    return train(algorithm, configure(algorithm, words), progress=Silent())
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:

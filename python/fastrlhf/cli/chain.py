@@ -18,7 +18,7 @@ from ..training.loop import COLUMNS, Result
 from ..training.report import write_report
 from .console import Console
 from .main import COMMANDS, dispatch
-from .train import arguments, train
+from .train import configure, train
 
 USAGE = """usage: fastrlhf chain FILE.yaml [--NAME VALUE ...]
 
@@ -146,11 +146,10 @@ def _stage(given: Any, index: int, variables: Mapping[str, str], file: Path) -> 
 
 
 def _yaml(value: Any) -> str:
-    return (
-        value
-        if isinstance(value, str)
-        else str(extra("yaml").safe_dump(value, default_flow_style=True, width=10**6)).removesuffix("...\n").strip()
-    )
+    if isinstance(value, str):
+        return value
+    text = str(extra("yaml").safe_dump(value, default_flow_style=True, width=10**6))
+    return text.removesuffix("...\n").strip()
 
 
 def run(stage: Stage, console: Console) -> Result | None:
@@ -163,8 +162,8 @@ def run(stage: Stage, console: Console) -> Result | None:
         console.message(f"== {stage.name}: {stage.command[0]}")
         status = subprocess.run(stage.command[0], shell=True, env=os.environ | {"PYTHON": sys.executable}).returncode
     elif stage.command[0] == "train":
-        file, overrides = arguments(stage.command[2:])
-        return train(stage.command[1], file, ["--run.resume", "auto", *overrides], progress=console)
+        name, *words = stage.command[1:]
+        return train(name, configure(name, ["--run.resume", "auto", *words]), progress=console)
     else:
         console.message(f"== {stage.name}: fastrlhf {stage.command[0]}")
         status = dispatch(stage.command[0], stage.command[1:])

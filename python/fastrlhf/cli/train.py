@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import ConfigError, describe, load
+from ..config import ConfigError
 from ..training.loop import COLUMNS, Result, fit, prepare
 from ..training.progress import Progress
-from .arguments import user_errors
+from .arguments import arguments, user_errors
 from .console import Console
 
 
@@ -38,14 +37,12 @@ def main(argv: Sequence[str]) -> int:
         print(usage())
         return 0
     name = words.pop(0)
-    if any(w in ("-h", "--help") for w in words):
-        config, _ = classes(name)
-        print(f"usage: fastrlhf train {name} [--config FILE.yaml] [--KEY VALUE ...]\n\n{describe(config)}")
+    config = configure(name, words)
+    if config is None:
         return 0
     console = Console()
     try:
-        result = train(name, *arguments(words), progress=console)
-        show(console, name, result)
+        show(console, name, train(name, config, progress=console))
     finally:
         console.close()
     return 0
@@ -69,32 +66,19 @@ def classes(name: str) -> tuple[type[Any], type[Any]]:
     return getattr(module, recipe.config), getattr(module, recipe.algorithm)
 
 
-def arguments(words: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """(--config's file, the overrides); --resume is short for --run.resume."""
-    file, rest = None, []
-    i = 0
-    while i < len(words):
-        key, equals, value = words[i].partition("=")
-        if key == "--config":
-            if not equals:
-                i += 1
-                if i == len(words):
-                    raise ConfigError("--config: expected a file after it")
-                value = words[i]
-            file = Path(value)
-        else:
-            rest.append(f"--run.resume{equals}{value}" if key == "--resume" else words[i])
-        i += 1
-    return file, rest
+def configure(name: str, words: Sequence[str]) -> Any:
+    """The configuration that a command line gives an algorithm; --resume is short for --run.resume. None where it asked
+    for --help, which is printed."""
+    config, _ = classes(name)
+    long = [f"--run.{word[2:]}" if word.partition("=")[0] == "--resume" else word for word in words]
+    return arguments(f"train {name}", config, long)
 
 
-def train(name: str, file: Path | None, overrides: Sequence[str], *, progress: Progress) -> Result:
+def train(name: str, config: Any, *, progress: Progress) -> Result:
     """Run an algorithm as configured."""
-    config_class, algorithm = classes(name)
-    config = load(config_class, file, overrides)
     prepare(config.run)
     with user_errors():
-        return fit(algorithm(config), config.run, config, progress)
+        return fit(classes(name)[1](config), config.run, config, progress)
 
 
 def show(progress: Progress, name: str, result: Result) -> None:
