@@ -1,0 +1,41 @@
+"""Tile sizes by kernel, architecture and size, from the table that ships beside this file (`python -m bench tune` writes
+it on a GPU): nothing is tuned at run time. A row's tile may depend on the row's own size only, never on how many rows
+there are, or its bits would depend on the batch."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = Path(__file__).with_name("tiles.json")
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """{kernel: {"default" or "sm_90": [[largest size or null, {"BLOCK": ..., "num_warps": ...}], ...]}}"""
+    return json.loads(TABLE.read_text())
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def _chosen(kernel: str, architecture: str, size: int) -> dict[str, int]:
+    rows = table()[kernel]
+    for largest, choice in rows.get(architecture, rows["default"]):
+        if largest is None or size <= largest:
+            return dict(choice)
+    raise KeyError(f"tiles.json: no entry of {kernel} covers size {size}")
+
+
+def tile(kernel: str, like: torch.Tensor, size: int) -> dict[str, int]:
+    """The constants to launch `kernel` with for a row of `size` elements, on the device of `like`."""
+    architecture = _architecture(like.device.index or 0) if like.is_cuda else "default"
+    return _chosen(kernel, architecture, size)
