@@ -1,4 +1,6 @@
-"""Every test that takes `backend` runs on the reference and on the CPU kernels at each instruction set of this machine."""
+"""Every test that takes `backend` runs on the reference and on the CPU kernels at each instruction set of this machine.
+With `--kernels triton` (under TRITON_INTERPRET=1, or on a GPU) or `--kernels cuda` it runs on those kernels instead; where
+there is no GPU, `cuda` is the same sources built for the host (tests/cuda_host)."""
 
 from __future__ import annotations
 
@@ -8,19 +10,54 @@ import fastrlhf
 import pytest
 import torch
 from fastrlhf import _cpu
+from fastrlhf.ops import backend as backends
 
 ISAS = _cpu.isas()
-BACKENDS = ["reference", *(f"cpu-{isa}" for isa in ISAS)]
 
 
-@pytest.fixture(params=BACKENDS)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kernels", choices=("cpu", "triton", "cuda"), default="cpu", help="whose kernels the ops tests run on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "float64: computes in float64, which kernels on a GPU do not")
+    kernels = config.getoption("--kernels")
+    if kernels == "cpu":
+        return
+    backends._default = kernels  # for the calls that name none
+    if torch.cuda.is_available():
+        torch.set_default_device("cuda")
+    elif kernels == "cuda":
+        from tests.cuda_host import build
+
+        backends.use_cuda_extension(build.module())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    kernels = metafunc.config.getoption("--kernels")
+    names = [f"cpu-{isa}" for isa in ISAS] if kernels == "cpu" else [kernels]
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", ["reference", *names] if kernels == "cpu" else names, indirect=True)
+    if "compiled" in metafunc.fixturenames:
+        metafunc.parametrize("compiled", names, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--kernels") == "cpu":
+        return
+    for item in items:
+        if item.get_closest_marker("float64"):
+            item.add_marker(pytest.mark.skip(reason="kernels on a GPU compute in float32"))
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _use(request.param)
 
 
-@pytest.fixture(params=BACKENDS[1:])
-def cpu(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The CPU kernels only."""
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels only, not the reference."""
     yield from _use(request.param)
 
 

@@ -67,7 +67,7 @@ void bind_logprobs(py::module_& m) {
     logprobs_forward(a);
   });
   m.def("logprobs_combine", [](const py::tuple& logits, int64_t rows, int64_t vocab, const py::tuple& labels,
-                               const py::tuple& scaling, const py::tuple& results, uintptr_t partials, int64_t ranks) {
+                               const py::tuple& scaling, const py::tuple& results, uintptr_t partials, int64_t ranks, int) {
     LogprobsCombineArgs c;
     c.forward = read(logits, rows, vocab, labels, scaling, py::make_tuple(0, 0, 0, 0, 0), 1);
     read_results(c.forward, results);

@@ -117,4 +117,4 @@ def test_registrations(name):
         "masked_var": (grad["lp"].reshape(-1), t["mask"].reshape(-1), True),
     }[name]  # fmt: skip
     op = getattr(torch.ops.fastrlhf, name).default
-    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(op, (*arguments, "cpu"), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))

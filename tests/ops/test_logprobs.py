@@ -77,9 +77,9 @@ def test_against_the_oracle(backend, kind, dtype):
 
 @pytest.mark.parametrize("vocab", LARGE_VOCABS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_large_vocabularies(cpu, vocab, dtype):
+def test_large_vocabularies(compiled, vocab, dtype):
     for kind in ("normal", "peaked", "masked"):
-        check(inputs(kind, 2, vocab, dtype), torch.randint(0, vocab, (2,)), cpu)
+        check(inputs(kind, 2, vocab, dtype), torch.randint(0, vocab, (2,)), compiled)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 1000])
@@ -94,6 +94,7 @@ def test_row_counts(backend, rows):
         check(logits, labels, backend)
 
 
+@pytest.mark.float64
 def test_float64_is_computed_in_float64(backend):
     logits, labels = torch.randn(4, 3000, dtype=torch.float64) * 4, torch.randint(0, 3000, (4,))
     ours, oracle = everything(logits, labels, backend), reference.logprobs(logits, labels)
@@ -103,6 +104,7 @@ def test_float64_is_computed_in_float64(backend):
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"softcap": 5.0}, {"temperature": 2.0, "softcap": 3.0}])
+@pytest.mark.float64
 def test_gradcheck(backend, options):
     logits, labels = torch.randn(3, 11, dtype=torch.float64, requires_grad=True), torch.tensor([0, -100, 7])
     options = dict(options, kept=torch.rand(3, 11) < 0.6)
@@ -171,28 +173,28 @@ def test_padding_the_vocabulary_with_minus_infinity(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_do_not_depend_on_the_batch(cpu, dtype):
+def test_rows_do_not_depend_on_the_batch(compiled, dtype):
     logits, labels = torch.randn(33, 5001).to(dtype), torch.randint(0, 5001, (33,))
     x = logits.clone().requires_grad_()
-    whole = everything(x, labels, cpu)
+    whole = everything(x, labels, compiled)
     whole.logprobs.sum().backward()
-    again = everything(logits, labels, cpu)
-    parts = [everything(p, q, cpu) for p, q in zip(logits.split([1, 7, 25]), labels.split([1, 7, 25]), strict=True)]
+    again = everything(logits, labels, compiled)
+    parts = [everything(p, q, compiled) for p, q in zip(logits.split([1, 7, 25]), labels.split([1, 7, 25]), strict=True)]
     for i in range(3):
         assert torch.equal(whole[i], again[i])
         assert torch.equal(whole[i], torch.cat([p[i] for p in parts]))
     y = logits[8:].clone().requires_grad_()
-    everything(y, labels[8:], cpu).logprobs.sum().backward()
+    everything(y, labels[8:], compiled).logprobs.sum().backward()
     assert torch.equal(x.grad[8:], y.grad)
 
 
-def test_threads_do_not_change_bits(cpu):
+def test_threads_do_not_change_bits(compiled):
     logits, labels = torch.randn(40, 6000), torch.randint(0, 6000, (40,))
     before = torch.get_num_threads()
     results = []
     for n in (1, 2, 5):
         torch.set_num_threads(n)
-        results.append(everything(logits, labels, cpu))
+        results.append(everything(logits, labels, compiled))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -296,7 +298,7 @@ def test_rows_are_read_where_they_lie(backend):
     assert everything(one, torch.tensor(3), backend).logprobs.shape == ()
 
 
-def test_nothing_is_copied(cpu):
+def test_nothing_is_copied(compiled):
     """Reading a slice in place allocates outputs only."""
     import resource
 
@@ -309,20 +311,20 @@ def test_nothing_is_copied(cpu):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inplace_backward(cpu, dtype):
+def test_inplace_backward(compiled, dtype):
     logits, labels = torch.randn(4, 5000).to(dtype), torch.randint(0, 5000, (4,))
     labels[2] = -100
     x = logits.clone().requires_grad_()
-    everything(x, labels, cpu).logprobs.sum().backward()
+    everything(x, labels, compiled).logprobs.sum().backward()
     base = logits.clone().requires_grad_()
     z = base * 1
     address = z.data_ptr()
-    everything(z, labels, cpu, inplace_backward=True).logprobs.sum().backward()
+    everything(z, labels, compiled, inplace_backward=True).logprobs.sum().backward()
     assert torch.equal(base.grad, x.grad)
     assert z.data_ptr() == address and torch.equal(z.detach(), x.grad)  # the logits are gone
     used = logits.clone().requires_grad_() * 1
     square = (used * used).sum()
-    everything(used, labels, cpu, inplace_backward=True).logprobs.sum().backward()
+    everything(used, labels, compiled, inplace_backward=True).logprobs.sum().backward()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.backward()
 
@@ -340,12 +342,12 @@ def test_per_token_gradients(backend):
 
 
 @pytest.mark.slow
-def test_more_than_2_31_elements(cpu):
+def test_more_than_2_31_elements(compiled):
     rows, vocab = 8200, 262144  # 4.3 GB of bfloat16; untouched pages stay the zero page
     logits = torch.zeros(rows, vocab, dtype=torch.bfloat16)
     logits[-1] = torch.randn(vocab)
     labels = torch.randint(0, vocab, (rows,))
-    out = everything(logits, labels, cpu)
+    out = everything(logits, labels, compiled)
     last = reference.logprobs(logits[-1:].double(), labels[-1:])
     torch.testing.assert_close(out.logprobs[-1].double(), last[0][0], rtol=1e-6, atol=1e-6)
     assert torch.allclose(out.logprobs[:-1], torch.tensor(-float(torch.tensor(float(vocab)).log())))

@@ -59,6 +59,7 @@ def test_nothing_counted(backend, shape):
     assert torch.equal(mean, torch.zeros(shape[:-1]))
 
 
+@pytest.mark.float64
 def test_gradcheck(backend):
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(4, 6, dtype=torch.float64)
@@ -78,7 +79,7 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(lambda t: fastrlhf.masked_var(t, weights, unbiased=False, backend=backend), x)
 
 
-def test_run_twice(cpu):
+def test_run_twice(compiled):
     x, mask = torch.randn(300, 999), torch.rand(300, 999) < 0.4
     before = torch.get_num_threads()
     outs = []

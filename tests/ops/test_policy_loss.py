@@ -9,7 +9,7 @@ from fastrlhf.kernels.value_loss import reference as value_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.oracle import assert_accurate
+from tests.oracle import assert_accurate, gradcheck
 
 KINDS = reference.KINDS
 REDUCTIONS = reference.REDUCTIONS
@@ -199,6 +199,7 @@ def test_strided_and_weighted(backend):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.float64
 def test_gradcheck(backend, kind):
     b = {k: v.double() if v.is_floating_point() else v for k, v in batch(3, 5, spread=0.6).items()}
     e = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in extras(b).items()}
@@ -234,13 +235,13 @@ def test_statistics(backend):
     assert float(loss) == pytest.approx((-1.2 - down + up + 0.8 - 1) / 5, rel=1e-6)
 
 
-def test_run_twice_and_threads(cpu):
+def test_run_twice_and_threads(compiled):
     b = batch(64, 1000)
     before = torch.get_num_threads()
     outs = []
     for n in (1, 2, 3, 2):
         torch.set_num_threads(n)
-        outs.append(run(fastrlhf.policy_loss, b, backend=cpu)[:3])
+        outs.append(run(fastrlhf.policy_loss, b, backend=compiled)[:3])
     torch.set_num_threads(before)
     for other in outs[1:]:
         assert all(torch.equal(x, y) for x, y in zip(outs[0], other, strict=True))
@@ -304,6 +305,6 @@ def test_value_loss_packed_masked_and_checked(backend):
     nothing = run_value(fastrlhf.value_loss, v * torch.nan, old, r, torch.zeros_like(mask), backend=backend)
     assert nothing[0] == 0 and (nothing[2] == 0).all() and nothing[1].isfinite().all()
     x = v.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda t: fastrlhf.value_loss(t, old.double(), r.double(), mask, backend=backend).loss, x)
+    assert gradcheck(backend, lambda t: fastrlhf.value_loss(t, old.double(), r.double(), mask, backend=backend).loss, x)
     stats = fastrlhf.value_loss(r, old, r, None, clip=None, backend=backend).stats.to_dict()
     assert stats["explained_variance"] == pytest.approx(1)

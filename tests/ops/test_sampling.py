@@ -10,11 +10,11 @@ CUTS = [{}, {"top_k": 1}, {"top_k": 17}, {"top_p": 0.7}, {"min_p": 0.05}, {"top_
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_tokens_logprobs_and_kept_sets_are_the_definition(cpu, cut, dtype):
+def test_tokens_logprobs_and_kept_sets_are_the_definition(compiled, cut, dtype):
     for vocab in (1, 2, 129, 5000):
         logits = (torch.randn(20, vocab) * 3).to(dtype)
         for temperature in (1.0, 0.6, 2.0):
-            ours = fastrlhf.sample(logits, temperature=temperature, seed=5, kept=True, backend="cpu", **cut)
+            ours = fastrlhf.sample(logits, temperature=temperature, seed=5, kept=True, backend=compiled, **cut)
             exact = fastrlhf.sample(logits, temperature=temperature, seed=5, kept=True, backend="reference", **cut)
             assert torch.equal(ours.kept[0], exact.kept[0]) and torch.equal(ours.kept[1], exact.kept[1])
             assert torch.equal(ours.tokens, exact.tokens)
@@ -33,7 +33,7 @@ def test_logprobs_are_what_training_recomputes(backend):
     )
 
 
-def test_distribution(cpu):
+def test_distribution(compiled):
     """Chi-square of 40,000 draws over 12 tokens; 11 degrees of freedom, 31.3 is one in a thousand."""
     logits = torch.randn(12) * 1.5
     n = 40000
@@ -50,7 +50,7 @@ def test_philox_is_philox():
     assert philox_uniform(0, 0) == ((0x6627E8D5E169C58D) >> 11) * 2.0**-53
 
 
-def test_a_sequence_draws_the_same_whatever_the_batch(cpu):
+def test_a_sequence_draws_the_same_whatever_the_batch(compiled):
     logits, seeds = torch.randn(17, 999), torch.randint(0, 2**62, (17,))
     whole = fastrlhf.sample(logits, seed=seeds, top_p=0.9)
     order = torch.randperm(17)
@@ -84,7 +84,7 @@ def test_ties_are_kept_together(backend):
     assert fastrlhf.sample(logits, temperature=0, backend=backend).tokens.item() == 1
 
 
-def test_excluded_tokens_are_never_drawn(cpu):
+def test_excluded_tokens_are_never_drawn(compiled):
     logits = torch.full((2000, 40), -torch.inf)
     logits[:, 7], logits[:, 31] = 0.0, 0.5
     assert set(fastrlhf.sample(logits, seed=0).tokens.tolist()) == {7, 31}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +19,12 @@ except ImportError as error:  # a source tree without a build
     _missing = str(error)
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+# The ops that have CUDA kernels, and those that have Triton kernels.
+CUDA = frozenset((
+    "logprobs", "logits_policy_loss", "shape_rewards", "gae", "discounted_returns", "experience", "masked_mean", "masked_var",
+    "whiten", "sequence_logprobs", "policy_loss", "value_loss",
+))  # fmt: skip
+TRITON = CUDA | {"kl", "kl_full", "group_advantages", "preference_loss", "reward_loss", "regression_loss", "sample"}
 DTYPES = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3,
     torch.int32: 4, torch.int64: 5, torch.uint8: 6, torch.bool: 6,
@@ -26,6 +34,8 @@ _LARGE = 2**20  # elements
 _TEMPLATES = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in DTYPES}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# On a GPU the values of labels, boundaries and settings are looked at only when this asks for it: looking waits for the device.
+CHECK = os.environ.get("FASTRLHF_CHECK", "") not in ("", "0")
 _default = os.environ.get("FASTRLHF_BACKEND") or None
 if _default is not None and _default not in BACKENDS:
     raise ValueError(f"FASTRLHF_BACKEND must be one of {BACKENDS}, got {_default!r}")
@@ -40,19 +50,48 @@ def extension() -> Any:
     return _cpu
 
 
+_cuda: Any = None
+
+
+def cuda_extension() -> Any:
+    """The compiled CUDA kernels, loaded when first needed; None where they were not built."""
+    global _cuda
+    if _cuda is None and importlib.util.find_spec("fastrlhf._cuda") is not None:
+        _cuda = importlib.import_module("fastrlhf._cuda")
+    return _cuda
+
+
+def use_cuda_extension(module: Any) -> None:
+    """The tests put their build for the host here."""
+    global _cuda
+    _cuda = module
+    _obstacle.cache_clear()
+
+
+@functools.cache
+def triton_kernels(room: str, file: str = "triton") -> Any:
+    """The Triton kernels of a room. Imported when first needed: Triton need not be there."""
+    return importlib.import_module(f"fastrlhf.kernels.{room}.{file}")
+
+
+def native(backend: str) -> Any:
+    """The extension behind a compiled backend."""
+    return extension() if backend == "cpu" else cuda_extension()
+
+
+def lane(backend: str, t: Tensor) -> int:
+    """What a compiled kernel runs on: so many threads, or a stream."""
+    return threads() if backend == "cpu" else raw_stream(t)
+
+
 def choose(op: str, tensor: Tensor, backend: str | None) -> str:
-    """The backend of a call: `backend`, else FASTRLHF_BACKEND, else what the tensor's device has. One that cannot serve
-    the call is an error: nothing falls back to something slower on its own."""
+    """The backend of a call: `backend`, else FASTRLHF_BACKEND, else what the tensor's device has: on a CPU the compiled
+    kernels, on a GPU CUDA where it is compiled for the device, else Triton. One that cannot serve the call is an error:
+    nothing falls back to something slower on its own."""
     name = backend or _default
-    if name is None:
-        if tensor.is_cpu and _cpu is not None:
-            return "cpu"
-        if tensor.is_cpu:
-            extension()
-        raise ValueError(
-            f"{op}: no kernels for device '{tensor.device}' in this build; the plain PyTorch definition runs anywhere "
-            "with backend='reference'"
-        )
+    if name is None and tensor.is_cpu:
+        extension()
+        return "cpu"
     if name == "reference":
         return name
     if name == "cpu":
@@ -60,9 +99,77 @@ def choose(op: str, tensor: Tensor, backend: str | None) -> str:
             raise ValueError(f"{op}: backend 'cpu' needs CPU tensors, got one on '{tensor.device}'")
         extension()
         return name
-    if name in BACKENDS:
-        raise ValueError(f"{op}: backend '{name}' is not part of this build")
-    raise ValueError(f"backend: must be one of {BACKENDS}, got {name!r}")
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend: must be one of {BACKENDS}, got {name!r}")
+    reasons = []
+    for candidate in ("cuda", "triton") if name is None else (name,):
+        reason = _obstacle(op, candidate, tensor.device)
+        if reason is None:
+            if tensor.dtype is _FLOAT64:
+                _refuse_float64(op, candidate)
+            return candidate
+        reasons.append(f"{candidate}: {reason}")
+    raise ValueError(
+        f"{op}: no kernels for device '{tensor.device}': {'; '.join(reasons)}. The plain PyTorch definition runs anywhere with "
+        "backend='reference'"
+    )
+
+
+@functools.cache
+def _obstacle(op: str, backend: str, device: torch.device) -> str | None:
+    """Why a GPU backend cannot serve an op on a device; None if it can."""
+    if op not in (CUDA if backend == "cuda" else TRITON):
+        return "this op has none"
+    if backend == "cuda":
+        module = cuda_extension()
+        if module is None:
+            return "not part of this build (FASTRLHF_CUDA=on builds them)"
+        if module.host:  # the tests' build for the host
+            return None if device.type == "cpu" else "built for the host"
+        if device.type != "cuda":
+            return "needs a GPU"
+        major, minor = torch.cuda.get_device_capability(device)
+        if not module.compiled_for(major, minor):
+            return f"not compiled for sm_{major}{minor} (FASTRLHF_CUDA_ARCHS: {module.architectures})"
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs a GPU, or TRITON_INTERPRET=1"
+    return None
+
+
+def _refuse_float64(op: str, backend: str) -> None:
+    raise TypeError(f"{op}: backend '{backend}' computes in float32, got torch.float64; backends 'cpu' and 'reference' take it")
+
+
+def raw_stream(t: Tensor) -> int:
+    """The CUDA stream that work on t joins."""
+    return int(torch._C._cuda_getCurrentRawStream(t.device.index)) if t.is_cuda else 0
+
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def counter(like: Tensor) -> Tensor:
+    """An int32 zero on the device, by which the blocks of a launch find out which of them is the last; kernels leave it at 0.
+    Launches of one stream follow each other and share one; what a graph captures may run beside them and gets its own."""
+    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=like.device)
+    key = (like.device.index, raw_stream(like))
+    if key not in _counters:
+        _counters[key] = torch.zeros(1, dtype=torch.int32, device=like.device)
+    return _counters[key]
+
+
+UNIT = 4096  # tokens of one partial sum
+
+
+def workspace(shape: RowShape, like: Tensor) -> Tensor:
+    """Room for the partial sums of a launch over the rows of `shape`: 24 doubles for each unit of each row."""
+    count, length, _, total = shape
+    units = total // UNIT + count if length == 0 else count * -(-length // UNIT)
+    return like.new_empty(24 * (units + 1), dtype=_FLOAT64)
 
 
 threads = torch.get_num_threads  # the kernels use as many as torch does
@@ -76,9 +183,19 @@ def result_dtype(*tensors: Tensor | None) -> torch.dtype:
     return _FLOAT32
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory for the extension to write: always on the CPU and of this dtype, whatever torch's defaults are. A template's
-    `new_empty` of sizes, not of a shape, takes half the time of `torch.empty`."""
+def result_dtype_on(op: str, backend: str, *tensors: Tensor | None) -> torch.dtype:
+    """`result_dtype`, where the backend can compute it."""
+    dtype = result_dtype(*tensors)
+    if dtype is _FLOAT64 and backend != "cpu":
+        _refuse_float64(op, backend)
+    return dtype
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, on: Tensor) -> Tensor:
+    """Memory for a kernel to write, on a tensor's device and of this dtype, whatever torch's defaults are. On the CPU a
+    template's `new_empty` of sizes, not of a shape, takes half the time of `torch.empty`."""
+    if not on.is_cpu:
+        return torch.empty(shape, dtype=dtype, device=on.device)
     template = _TEMPLATES[dtype]
     t = template.new_empty(*shape) if shape else torch.empty_like(template)
     return _huge(t) if t.numel() > _LARGE else t
@@ -93,8 +210,8 @@ def empty_as(like: Tensor, dtype: torch.dtype) -> Tensor:
     """The same, of a tensor's shape; the quickest way there is where the tensor is one like it."""
     if like.dtype is dtype and like.is_contiguous():
         t = torch.empty_like(like)
-        return _huge(t) if t.numel() > _LARGE else t
-    return empty(like.shape, dtype)
+        return _huge(t) if t.numel() > _LARGE and t.is_cpu else t
+    return empty(like.shape, dtype, like)
 
 
 def empties(like: Tensor, dtype: torch.dtype, *wanted: bool) -> list[Any]:
@@ -104,17 +221,13 @@ def empties(like: Tensor, dtype: torch.dtype, *wanted: bool) -> list[Any]:
     return [empty_as(like, dtype) if w else None for w in wanted]
 
 
-def empty_scalar(dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(_TEMPLATES[dtype])
+def empty_scalar(dtype: torch.dtype, on: Tensor) -> Tensor:
+    return torch.empty_like(_TEMPLATES[dtype]) if on.is_cpu else torch.empty((), dtype=dtype, device=on.device)
 
 
-def empty_stats(names: tuple[str, ...]) -> Tensor:
+def empty_stats(names: tuple[str, ...], on: Tensor) -> Tensor:
     """A loss's statistics."""
-    return _TEMPLATES[_FLOAT32].new_empty(len(names))
-
-
-def scalar(value: float, dtype: torch.dtype) -> Tensor:
-    return torch.full_like(_TEMPLATES[dtype], value)
+    return empty((len(names),), _FLOAT32, on)
 
 
 def address(t: Tensor | None) -> int:
@@ -156,7 +269,10 @@ def row_values(t: Tensor | None) -> Array | None:
     return None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(), True)
 
 
-def row_shape(t: Tensor, cu_seqlens: Tensor | None = None) -> tuple[int, int, int, int]:
+RowShape = tuple[int, int, int, int]  # rows, length, address of cu_seqlens, tokens of a pack
+
+
+def row_shape(t: Tensor, cu_seqlens: Tensor | None = None) -> RowShape:
     """The rows of (B, T), of a pack, or of plain (T), which is one row."""
     if cu_seqlens is not None:
         return (cu_seqlens.shape[0] - 1, 0, cu_seqlens.data_ptr(), t.shape[0])

@@ -115,15 +115,6 @@ def token_matrix(name: str, t: Any, cu: Any = None) -> Tensor | None:
     return None
 
 
-def pack(cu: Tensor | None, t: Tensor) -> None:
-    """What the kernels check of cu_seqlens, for the reference backend."""
-    if cu is None or torch.compiler.is_compiling():
-        return
-    ends = cu.tolist()
-    if ends[0] != 0 or any(b < a for a, b in zip(ends, ends[1:])) or ends[-1] != t.shape[0]:
-        raise ValueError(f"cu_seqlens: must begin with 0, not fall, and end with the {t.shape[0]} tokens, got {ends}")
-
-
 def row_count(t: Tensor, cu: Tensor | None) -> int:
     if cu is not None:
         return cu.shape[0] - 1

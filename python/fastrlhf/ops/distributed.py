@@ -31,15 +31,11 @@ def all_reduce_sum(t: Tensor, group: Any) -> Tensor:
     return all_gather(t, group).sum(0)
 
 
-def merge_moments(n: float, mean: float, m2: float, group: Any, device: torch.device) -> tuple[float, float, float]:
-    """(n, mean, M2) of all ranks' elements together, merged pairwise in rank order (Chan et al. 1979)."""
-    parts = all_gather(torch.tensor([n, mean, m2], dtype=torch.float64, device=device), group)
-    n = mean = m2 = 0.0
-    for k, mu, s in parts.tolist():
-        if k == 0:
-            continue
+def merge_moments(of: Tensor, group: Any) -> Tensor:
+    """(n, mean, M2) of all ranks' elements together, merged pairwise in rank order (Chan et al. 1979): float64 (3)."""
+    n, mean, m2 = torch.zeros(3, dtype=of.dtype, device=of.device)
+    for k, mu, s in all_gather(of, group):
         total, delta = n + k, mu - mean
-        mean += delta * k / total
-        m2 += s + delta * delta * n * k / total
-        n = total
-    return n, mean, m2
+        over = torch.where(total != 0, total, torch.ones_like(total))
+        mean, m2, n = mean + delta * (k / over), m2 + s + delta * delta * (n * k / over), total
+    return torch.stack([n, mean, m2])

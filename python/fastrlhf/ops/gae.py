@@ -10,9 +10,23 @@ from torch import Tensor
 
 from ..kernels.gae import reference
 from ..kernels.kl.reference import KINDS
-from . import checks
-from .backend import address, choose, empties, extension, result_dtype, row_shape, row_values, threads, tokens
+from . import checks, value_checks
+from .backend import (
+    address,
+    choose,
+    empties,
+    extension,
+    native,
+    raw_stream,
+    result_dtype_on,
+    row_shape,
+    row_values,
+    threads,
+    tokens,
+    triton_kernels,
+)
 from .library import Op
+from .masked_stats import moments, standardize_by
 from .masked_stats import whiten as masked_whiten
 
 
@@ -50,7 +64,7 @@ def shape_rewards(
         kl: the estimator, see `kl`: "k1", "abs", "k2" or "k3".
         score_clip, kl_clip: bounds, ±; None for none.
         cu_seqlens: (B + 1), int32 or int64, of a pack.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cuda", "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         (rewards, kl), float32 (float64 for float64 inputs); kl is 0 where the mask is.
@@ -63,12 +77,13 @@ def shape_rewards(
     """
     cu = _check_shaping(scores, logprobs, ref_logprobs, mask, kl_coef, score_clip, kl_clip, cu_seqlens)
     code = checks.one_of("kl", kl, KINDS)
-    if choose("shape_rewards", logprobs, backend) == "reference":
+    backend = choose("shape_rewards", logprobs, backend)
+    if backend == "reference":
         with torch.no_grad():
             return _reference_shaping(scores, logprobs, ref_logprobs, mask, cu, kl_coef, kl, score_clip, kl_clip)
     rewards, kls, *_ = _rollout(
         logprobs, None, scores, ref_logprobs, None, mask, None, cu, None,
-        [float(kl_coef), score_clip or math.inf, kl_clip or math.inf, 1.0, 1.0], [code, 0], False,
+        [float(kl_coef), score_clip or math.inf, kl_clip or math.inf, 1.0, 1.0], [code, 0], False, backend,
     )  # fmt: skip
     return rewards, kls
 
@@ -103,7 +118,7 @@ def gae(
         bootstrap: (B), the value after the last token; 0 if None.
         whiten: advantages to zero mean and unit (unbiased) variance over the mask, eps 1e-8, zeros where it is 0.
         group: a process group to whiten over.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cuda", "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         (advantages, returns), rewards' shape, float32 (float64 for float64 inputs).
@@ -119,13 +134,14 @@ def gae(
     if mask is not None:
         checks.like("mask", mask, "rewards", rewards, checks.MASKS)
     mode, lams, lam_value = _check_recursion(rewards, cu, gamma, lam, mask_mode, bootstrap)
-    if choose("gae", rewards, backend) == "reference":
+    backend = choose("gae", rewards, backend)
+    if backend == "reference":
         with torch.no_grad():
             a, returns = _reference_gae(rewards, values, mask, cu, gamma, lam, mask_mode, bootstrap)
             return _whitened(a, mask, group, backend) if whiten else a, returns
     _, _, advantages, returns = _rollout(
         rewards, rewards, None, None, values, mask, bootstrap, cu, lams,
-        [0.0, math.inf, math.inf, float(gamma), lam_value], [0, mode], whiten and group is None,
+        [0.0, math.inf, math.inf, float(gamma), lam_value], [0, mode], whiten and group is None, backend,
     )  # fmt: skip
     if whiten and group is not None:
         advantages = _whitened(advantages, mask, group, backend)
@@ -148,7 +164,7 @@ def discounted_returns(
         mask: of the same shape; None counts all.
         cu_seqlens: (B + 1), int32 or int64.
         gamma: in [0, 1].
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cuda", "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         rewards' shape, float32 (float64 for float64 rewards).
@@ -160,12 +176,13 @@ def discounted_returns(
     if mask is not None:
         checks.like("mask", mask, "rewards", rewards, checks.MASKS)
     checks.number("gamma", gamma, low=0, high=1)
-    if choose("discounted_returns", rewards, backend) == "reference":
+    backend = choose("discounted_returns", rewards, backend)
+    if backend == "reference":
         with torch.no_grad():
             return _reference_gae(rewards, torch.zeros_like(rewards), mask, cu, gamma, 1.0, "carry", None)[0]
     out: Tensor = _rollout(
         rewards, rewards, None, None, None, mask, None, cu, None,
-        [0.0, math.inf, math.inf, float(gamma), 1.0], [0, 0], False,
+        [0.0, math.inf, math.inf, float(gamma), 1.0], [0, 0], False, backend,
     )[2]  # fmt: skip
     return out
 
@@ -198,7 +215,8 @@ def experience(
     code = checks.one_of("kl", kl, KINDS)
     checks.like("values", values, "logprobs", logprobs)
     mode, lams, lam_value = _check_recursion(logprobs, cu, gamma, lam, mask_mode, bootstrap)
-    if choose("experience", logprobs, backend) == "reference":
+    backend = choose("experience", logprobs, backend)
+    if backend == "reference":
         with torch.no_grad():
             rewards, kls = _reference_shaping(scores, logprobs, ref_logprobs, mask, cu, kl_coef, kl, score_clip, kl_clip)
             a, returns = _reference_gae(rewards, values, mask, cu, gamma, lam, mask_mode, bootstrap)
@@ -206,7 +224,7 @@ def experience(
     rewards, kls, advantages, returns = _rollout(
         logprobs, None, scores, ref_logprobs, values, mask, bootstrap, cu, lams,
         [float(kl_coef), score_clip or math.inf, kl_clip or math.inf, float(gamma), lam_value], [code, mode],
-        whiten and group is None,
+        whiten and group is None, backend,
     )  # fmt: skip
     if whiten and group is not None:
         advantages = _whitened(advantages, mask, group, backend)
@@ -245,7 +263,7 @@ def _reference_shaping(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, cu: Tensor | None, kl_coef: float, kl: str,
     score_clip: float | None, kl_clip: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    checks.pack(cu, logprobs)
+    value_checks.pack(cu, logprobs)
     one_row = logprobs.dim() == 1 and cu is None
     if one_row:
         logprobs, ref_logprobs = logprobs.unsqueeze(0), ref_logprobs.unsqueeze(0)
@@ -260,9 +278,8 @@ def _reference_gae(
     rewards: Tensor, values: Tensor, mask: Tensor | None, cu: Tensor | None, gamma: float, lam: float | Tensor,
     mask_mode: str, bootstrap: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if isinstance(lam, Tensor) and not bool(((lam >= 0) & (lam <= 1)).all()):
-        raise ValueError(f"lam: expected values in [0, 1], got {lam.tolist()}")
-    checks.pack(cu, rewards)
+    value_checks.unit_interval("lam", lam if isinstance(lam, Tensor) else None)
+    value_checks.pack(cu, rewards)
     one_row = rewards.dim() == 1 and cu is None
     if one_row:
         rewards, values = rewards.unsqueeze(0), values.unsqueeze(0)
@@ -280,20 +297,36 @@ def _whitened(a: Tensor, mask: Tensor | None, group: Any, backend: str | None) -
 def _rollout_implementation(
     like: Tensor, rewards: Tensor | None, scores: Tensor | None, ref_logprobs: Tensor | None, values: Tensor | None,
     mask: Tensor | None, bootstrap: Tensor | None, cu_seqlens: Tensor | None, lams: Tensor | None,
-    numbers: list[float], codes: list[int], whiten: bool,
+    numbers: list[float], codes: list[int], whiten: bool, backend: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """`like`: the rewards where they are given, the logprobs where they are to be shaped."""
-    dtype = result_dtype(like, ref_logprobs, values, rewards)
+    dtype = result_dtype_on("gae", backend, like, ref_logprobs, values, rewards)
+    if value_checks.wanted(backend):
+        value_checks.pack(cu_seqlens, like)
+        value_checks.unit_interval("lam", lams)
     shaping = rewards is None
     valued = values is not None
     shaped, kls, advantages, returns = empties(like, dtype, shaping, shaping, valued or not shaping, valued)
     kl_coef, score_clip, kl_clip, gamma, lam = numbers
-    extension().rollout(
-        row_shape(like, cu_seqlens), dtype == torch.float64, tokens(rewards), row_values(scores),
-        tokens(like) if shaping else None, tokens(ref_logprobs), tokens(values), tokens(mask), row_values(bootstrap),
-        (kl_coef, codes[0], score_clip, kl_clip), gamma, lam, address(lams), codes[1],
-        address(shaped), address(kls), address(advantages), address(returns), whiten, threads(),
-    )  # fmt: skip
+    if backend == "triton":
+        triton_kernels("gae").rollout(
+            rewards, scores, like if shaping else None, ref_logprobs, values, mask, bootstrap, cu_seqlens, lams,
+            kl_coef=kl_coef, kl_kind=codes[0], score_clip=score_clip, kl_clip=kl_clip, gamma=gamma, lam=lam, mask_mode=codes[1],
+            shaped=shaped, kl=kls, advantages=advantages, returns=returns,
+        )  # fmt: skip
+    else:
+        arguments = (
+            tokens(rewards), row_values(scores), tokens(like) if shaping else None, tokens(ref_logprobs), tokens(values),
+            tokens(mask), row_values(bootstrap), (kl_coef, codes[0], score_clip, kl_clip), gamma, lam, address(lams), codes[1],
+            address(shaped), address(kls), address(advantages), address(returns),
+        )  # fmt: skip
+        if backend == "cpu":
+            extension().rollout(row_shape(like, cu_seqlens), dtype == torch.float64, *arguments, whiten, threads())
+        else:
+            native(backend).rollout(row_shape(like, cu_seqlens), *arguments, raw_stream(like))
+    if whiten and backend != "cpu":
+        counted = None if mask is None else mask != 0
+        standardize_by(moments(advantages, counted, backend), advantages, counted, True, True, 1e-8, backend, advantages)
     return shaped, kls, advantages, returns
 
 
@@ -312,7 +345,7 @@ def _fake_rollout(
 _rollout = Op(
     "rollout",
     "(Tensor like, Tensor? rewards, Tensor? scores, Tensor? ref_logprobs, Tensor? values, Tensor? mask, "
-    "Tensor? bootstrap, Tensor? cu_seqlens, Tensor? lams, float[] numbers, int[] codes, bool whiten) "
+    "Tensor? bootstrap, Tensor? cu_seqlens, Tensor? lams, float[] numbers, int[] codes, bool whiten, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _rollout_implementation,
     _fake_rollout,

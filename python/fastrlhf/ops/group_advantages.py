@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.group_advantages import reference
 from . import checks
-from .backend import choose, empty_as, extension, result_dtype, row_values
+from .backend import choose, empty_as, extension, result_dtype, row_values, triton_kernels
 from .library import Op
 from .masked_stats import whiten
 
@@ -38,7 +38,7 @@ def group_advantages(
         eps: >= 0.
         unbiased: std and var divide by n - 1.
         lengths: (B), the responses' lengths; for opo.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         (B), float32 (float64 for float64 scores).
@@ -59,16 +59,24 @@ def group_advantages(
         checks.rows("lengths", lengths, scores.shape[0], "score", scores, checks.MASKS)
     elif kind == "opo":
         raise ValueError("lengths: needed for kind='opo', got None")
-    if choose("group_advantages", scores, backend) == "reference":
+    backend = choose("group_advantages", scores, backend)
+    if backend == "reference":
         with torch.no_grad():
             return reference.group_advantages(scores, group_ids, kind=kind, eps=eps, unbiased=unbiased, lengths=lengths)
-    out: Tensor = _group_advantages(scores, group_ids, lengths, code, eps, unbiased)
-    return whiten(out, None, unbiased=unbiased, eps=eps) if kind == "reinforce++" else out
+    out: Tensor = _group_advantages(scores, group_ids, lengths, code, eps, unbiased, backend)
+    return whiten(out, None, unbiased=unbiased, eps=eps, backend=backend) if kind == "reinforce++" else out
 
 
-def _implementation(scores: Tensor, group_ids: Tensor, lengths: Tensor | None, kind: int, eps: float, unbiased: bool) -> Tensor:
+def _implementation(
+    scores: Tensor, group_ids: Tensor, lengths: Tensor | None, kind: int, eps: float, unbiased: bool, backend: str
+) -> Tensor:
     dtype = result_dtype(scores)
     out = empty_as(scores, dtype)
+    if backend == "triton":
+        triton_kernels("group_advantages").group_advantages(
+            scores, group_ids, lengths, kind=kind, eps=eps, unbiased=unbiased, advantages=out
+        )
+        return out
     extension().group_advantages(
         scores.shape[0], dtype == torch.float64, row_values(scores), row_values(group_ids), row_values(lengths), kind, eps,
         unbiased, out.data_ptr(),
@@ -82,7 +90,7 @@ def _fake(scores: Tensor, *_: Any) -> Tensor:
 
 _group_advantages = Op(
     "group_advantages",
-    "(Tensor scores, Tensor group_ids, Tensor? lengths, int kind, float eps, bool unbiased) -> Tensor",
+    "(Tensor scores, Tensor group_ids, Tensor? lengths, int kind, float eps, bool unbiased, str backend) -> Tensor",
     _implementation,
     _fake,
 )

@@ -10,7 +10,22 @@ from torch import Tensor
 
 from ..kernels.kl import reference
 from . import checks
-from .backend import address, choose, elements, empty, empty_as, extension, in_line, matrix, result_dtype, threads, with_rows
+from .backend import (
+    address,
+    choose,
+    elements,
+    empty,
+    empty_as,
+    extension,
+    flat,
+    in_line,
+    matrix,
+    result_dtype,
+    result_dtype_on,
+    threads,
+    triton_kernels,
+    with_rows,
+)
 from .library import Op
 
 
@@ -35,7 +50,7 @@ def kl(
         clamp_input: d is clamped to ±this first (nats). k3 of d = -59 is 4e25: a bound of 20 is usual.
         clamp_output: the result is clamped to ±this.
         straight_through: the value of `kind` with the gradient of k2 (verl's "+"): unbiased for the KL's gradient.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         float32 (float64 for float64 inputs), the inputs' shape, in nats.
@@ -50,32 +65,41 @@ def kl(
     code = checks.one_of("kind", kind, reference.KINDS)
     checks.positive_or_none("clamp_input", clamp_input)
     checks.positive_or_none("clamp_output", clamp_output)
-    if choose("kl", logprobs, backend) == "reference":
+    backend = choose("kl", logprobs, backend)
+    if backend == "reference":
         return reference.kl(
             logprobs, ref_logprobs, kind=kind, clamp_input=clamp_input, clamp_output=clamp_output,
             straight_through=straight_through,
         )  # fmt: skip
-    return _kl(logprobs, ref_logprobs, code, clamp_input or math.inf, clamp_output or math.inf, straight_through)
+    return _kl(logprobs, ref_logprobs, code, clamp_input or math.inf, clamp_output or math.inf, straight_through, backend)
 
 
-def _run_kl(logprobs: Tensor, ref: Tensor, options: tuple[Any, ...], grad: Tensor | None) -> Tensor:
-    dtype = result_dtype(logprobs, ref)
+def _run_kl(logprobs: Tensor, ref: Tensor, options: tuple[Any, ...], grad: Tensor | None, backend: str) -> Tensor:
+    dtype = result_dtype_on("kl", backend, logprobs, ref)
     out = empty_as(logprobs, dtype)
+    if backend == "triton":
+        kind, clamp_input, clamp_output, straight_through = options
+        triton_kernels("kl").kl(
+            flat(logprobs), flat(ref), None if grad is None else flat(grad), kind=kind, clamp_input=clamp_input,
+            clamp_output=clamp_output, straight_through=straight_through, out=out,
+        )  # fmt: skip
+        return out
     x, y, shape = in_line(logprobs), in_line(ref), (1, logprobs.numel(), 0, 0)
     extension().kl(shape, dtype == torch.float64, elements(x), elements(y), *options, address(grad), out.data_ptr(), threads())
     return out
 
 
 def _kl_forward(
-    logprobs: Tensor, ref: Tensor, kind: int, clamp_input: float, clamp_output: float, straight_through: bool
+    logprobs: Tensor, ref: Tensor, kind: int, clamp_input: float, clamp_output: float, straight_through: bool, backend: str
 ) -> Tensor:
-    return _run_kl(logprobs, ref, (kind, clamp_input, clamp_output, straight_through), None)
+    return _run_kl(logprobs, ref, (kind, clamp_input, clamp_output, straight_through), None, backend)
 
 
 def _kl_grad(
-    logprobs: Tensor, ref: Tensor, grad: Tensor, kind: int, clamp_input: float, clamp_output: float, straight_through: bool
-) -> Tensor:
-    return _run_kl(logprobs, ref, (kind, clamp_input, clamp_output, straight_through), grad.contiguous())
+    logprobs: Tensor, ref: Tensor, grad: Tensor, kind: int, clamp_input: float, clamp_output: float, straight_through: bool,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    return _run_kl(logprobs, ref, (kind, clamp_input, clamp_output, straight_through), grad.contiguous(), backend)
 
 
 def _fake_like(logprobs: Tensor, ref: Tensor, *_: Any) -> Tensor:
@@ -83,7 +107,7 @@ def _fake_like(logprobs: Tensor, ref: Tensor, *_: Any) -> Tensor:
     return logprobs.new_empty(logprobs.shape, dtype=dtype)
 
 
-_KL_OPTIONS = "int kind, float clamp_input, float clamp_output, bool straight_through"
+_KL_OPTIONS = "int kind, float clamp_input, float clamp_output, bool straight_through, str backend"
 _kl_backward = Op("kl_backward", f"(Tensor logprobs, Tensor ref, Tensor grad, {_KL_OPTIONS}) -> Tensor", _kl_grad, _fake_like)
 
 
@@ -95,7 +119,7 @@ def _setup_kl(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_kl(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     logprobs, ref = ctx.saved_tensors
     g = _kl_backward(logprobs, ref, grad, *ctx.options)
-    return g.to(logprobs.dtype), -g.to(ref.dtype), None, None, None, None
+    return g.to(logprobs.dtype), -g.to(ref.dtype), *[None] * 5
 
 
 _kl = Op("kl", f"(Tensor logprobs, Tensor ref, {_KL_OPTIONS}) -> Tensor", _kl_forward, _fake_like, _setup_kl, _backward_kl)
@@ -124,7 +148,7 @@ def kl_full(
         direction: "forward", "reverse" or "js".
         temperature: > 0, of both.
         mask: (...), rows where it is 0 give 0, have no gradient and are not read.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         (...), float32 (float64 for float64 logits), in nats.
@@ -144,21 +168,27 @@ def kl_full(
         if mask.shape != shape[:-1]:
             raise ValueError(f"mask: expected shape {tuple(shape[:-1])}, got {checks.shape_of(mask)}")
         checks.same_device("mask", mask, "logits", logits)
-    if choose("kl_full", logits, backend) == "reference":
+    backend = choose("kl_full", logits, backend)
+    if backend == "reference":
         return reference.kl_full(logits, ref_logits, direction=direction, temperature=temperature, mask=mask)
     kept = None if mask is None else (mask != 0).contiguous()
     save = torch.is_grad_enabled() and (logits.requires_grad or ref_logits.requires_grad)
-    out: Tensor = _kl_full(logits, ref_logits, kept, code, float(temperature), save)[0]
+    out: Tensor = _kl_full(logits, ref_logits, kept, code, float(temperature), save, backend)[0]
     return out
 
 
 def _kl_full_forward(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, direction: int, temperature: float, save: bool
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, direction: int, temperature: float, save: bool, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     x, y, vocab = with_rows(logits), with_rows(ref_logits), logits.shape[-1]
     rows, dtype, lead = logits.numel() // vocab, result_dtype(logits), logits.shape[:-1]
-    out = empty(lead, dtype)
-    stats = empty((*lead, 4), dtype) if save else None
+    out = empty(lead, dtype, x)
+    stats = empty((*lead, 4), dtype, x) if save else None
+    if backend == "triton":
+        triton_kernels("kl", "triton_full").kl_full_forward(
+            x, y, mask, direction=direction, temperature=temperature, out=out, stats=stats
+        )
+        return out, stats
     extension().kl_full_forward(
         matrix(x), matrix(y), rows, vocab, direction, temperature, address(mask), out.data_ptr(), address(stats), threads()
     )
@@ -167,12 +197,18 @@ def _kl_full_forward(
 
 def _kl_full_grad(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None, out: Tensor, stats: Tensor, grad: Tensor, direction: int,
-    temperature: float, wanted: bool, ref_wanted: bool,
+    temperature: float, wanted: bool, ref_wanted: bool, backend: str,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     x, y, vocab = with_rows(logits), with_rows(ref_logits), logits.shape[-1]
-    dx = empty(x.shape, x.dtype) if wanted else None
-    dy = empty(y.shape, y.dtype) if ref_wanted else None
+    dx = empty(x.shape, x.dtype, x) if wanted else None
+    dy = empty(y.shape, y.dtype, y) if ref_wanted else None
     grad = grad.contiguous()
+    if backend == "triton":
+        triton_kernels("kl", "triton_full").kl_full_backward(
+            x, y, mask, direction=direction, temperature=temperature, out=out, stats=stats, grad=grad, grad_logits=dx,
+            grad_ref_logits=dy,
+        )  # fmt: skip
+        return None if dx is None else dx.view(logits.shape), None if dy is None else dy.view(logits.shape)
     absent = (0, 0, 1, 0, 0)
     extension().kl_full_backward(
         matrix(x), matrix(y), logits.numel() // vocab, vocab, direction, temperature, address(mask), out.data_ptr(),
@@ -184,16 +220,16 @@ def _kl_full_grad(
 
 def _fake_kl_full(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    stats = logits.new_empty((*logits.shape[:-1], 4), dtype=dtype) if rest[-1] else None
+    stats = logits.new_empty((*logits.shape[:-1], 4), dtype=dtype) if rest[-2] else None
     return logits.new_empty(logits.shape[:-1], dtype=dtype), stats
 
 
 _kl_full_backward = Op(
     "kl_full_backward",
     "(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor out, Tensor stats, Tensor grad, int direction, "
-    "float temperature, bool wanted, bool ref_wanted) -> (Tensor, Tensor)",
+    "float temperature, bool wanted, bool ref_wanted, str backend) -> (Tensor, Tensor)",
     _kl_full_grad,
-    lambda logits, ref, mask, out, stats, grad, direction, temperature, wanted, ref_wanted: (
+    lambda logits, ref, mask, out, stats, grad, direction, temperature, wanted, ref_wanted, backend: (
         logits.new_empty(logits.shape) if wanted else None,
         ref.new_empty(ref.shape) if ref_wanted else None,
     ),
@@ -202,18 +238,19 @@ _kl_full_backward = Op(
 
 def _setup_kl_full(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:3], *output)
-    ctx.options = inputs[3:5]
+    ctx.options, ctx.backend = inputs[3:5], inputs[-1]
 
 
 def _backward_kl_full(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     wanted = ctx.needs_input_grad[:2]
-    grads = _kl_full_backward(*ctx.saved_tensors, grad, *ctx.options, *wanted)
-    return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None, None
+    grads = _kl_full_backward(*ctx.saved_tensors, grad, *ctx.options, *wanted, ctx.backend)
+    return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *[None] * 5
 
 
 _kl_full = Op(
     "kl_full",
-    "(Tensor logits, Tensor ref_logits, Tensor? mask, int direction, float temperature, bool save) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor ref_logits, Tensor? mask, int direction, float temperature, bool save, str backend) "
+    "-> (Tensor, Tensor)",
     _kl_full_forward,
     _fake_kl_full,
     _setup_kl_full,

@@ -1,12 +1,13 @@
 """One definition of an op for eager mode and for torch.compile.
 
-`Op` registers schema, CPU implementation, fake and autograd with torch.library, which is what torch.compile sees. In
+`Op` registers schema, implementation, fake and autograd with torch.library, which is what torch.compile sees. In
 eager mode it calls the implementation itself, through an autograd.Function only where a gradient will be wanted: the
 dispatcher's way costs tens of microseconds a call, which is what small ops live or die by.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,20 @@ def present(t: Tensor | None) -> Tensor | None:
     return None if t is None or (t.dim() == 1 and t.shape[0] == 0) else t
 
 
+def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Launches go to the current device: it is made the first argument's."""
+
+    @functools.wraps(implementation)
+    def run(*args: Any) -> Any:
+        first = args[0]
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return implementation(*args)
+        return implementation(*args)
+
+    return run
+
+
 class Op:
     """`implementation(*args)` with its `fake`, and `setup(ctx, inputs, output)` and `backward(ctx, *grads)` if it has a
     gradient. The first argument is a tensor; absent results are None."""
@@ -43,8 +58,10 @@ class Op:
         setup: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
     ) -> None:
+        implementation = _on_its_device(implementation)
         LIBRARY.define(name + schema)
-        LIBRARY.impl(name, lambda *args: _present(implementation(*args), args[0]), "CPU")
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, lambda *args: _present(implementation(*args), args[0]), key)
         torch.library.register_fake(f"fastrlhf::{name}", lambda *args: _present(fake(*args), args[0]), lib=LIBRARY)
         self.implementation = implementation
         self.function: type[torch.autograd.Function] | None = None

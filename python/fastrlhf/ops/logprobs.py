@@ -8,8 +8,20 @@ import torch
 from torch import Tensor
 
 from ..kernels.logprobs import reference
-from . import checks
-from .backend import DTYPES, address, choose, disjoint_rows, empty, extension, matrix, result_dtype, threads, with_rows
+from . import checks, value_checks
+from .backend import (
+    DTYPES,
+    address,
+    choose,
+    disjoint_rows,
+    empty,
+    lane,
+    matrix,
+    native,
+    result_dtype,
+    triton_kernels,
+    with_rows,
+)
 from .distributed import all_gather, size_and_rank
 from .library import Op, present
 
@@ -72,7 +84,7 @@ def logprobs(
             order) or a `VocabParallel`. Labels and CSR indices are global, a bool kept mask is the shard's. One
             all-gather of 16 bytes a row forward, nothing backward; all ranks get the same bits.
         inplace_backward: the gradient overwrites the logits, which are destroyed. Ignored under torch.compile.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cuda", "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         `Logprobs`: logprobs of labels' shape, entropy and lse (...), float32 (float64 for float64 logits). A label
@@ -80,7 +92,7 @@ def logprobs(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape or device. IndexError: a label outside [0, V) that is
-        not ignore_index, with its position.
+        not ignore_index, with its position (on a GPU with FASTRLHF_CHECK=1; without, such a label gives -inf).
 
     Source: online softmax, Milakov & Gimelshein 2018; the definition is ``fastrlhf.kernels.logprobs.reference``.
     """
@@ -109,7 +121,8 @@ def logprobs(
     if kept is not None:
         _check_kept(kept, logits)
 
-    if choose("logprobs", logits, backend) == "reference":
+    backend = choose("logprobs", logits, backend)
+    if backend == "reference":
         return _reference(logits, labels, temperatures, temperature, softcap, ignore_index, entropy, lse, kept, parallel)
     mask = indptr = indices = None
     if isinstance(kept, Tensor):
@@ -119,16 +132,20 @@ def logprobs(
     start, total = (parallel.vocab_start, parallel.vocab_size) if parallel else (0, vocab)
     if inplace_backward and not disjoint_rows(logits):
         raise ValueError(f"inplace_backward: rows of logits share memory (strides {logits.stride()})")
+    if value_checks.wanted(backend):
+        value_checks.labels(labels, total, ignore_index)
+        value_checks.temperatures(temperatures)
+        value_checks.kept(indptr, indices, total)
     shared = (
         logits, labels if labels.is_contiguous() else labels.contiguous(), temperatures,
         mask, indptr, indices, float(temperature), softcap or 0.0,
         ignore_index, start, total,
     )  # fmt: skip
     if parallel:
-        out = _VocabParallelLogprobs.apply(parallel.group, entropy, lse, inplace_backward, *shared)
+        out = _VocabParallelLogprobs.apply(parallel.group, entropy, lse, inplace_backward, backend, *shared)
     else:
         save = torch.is_grad_enabled() and logits.requires_grad
-        out = _logprobs(*shared, entropy, lse, save, inplace_backward)
+        out = _logprobs(*shared, entropy, lse, save, inplace_backward, backend)
     if logits.numel() == 0:  # no rows: an absent result and an empty one look alike
         nothing = logits.sum(-1, dtype=result_dtype(logits))
         return Logprobs(out[0].reshape(labels.shape), nothing if entropy else None, nothing if lse else None)
@@ -160,40 +177,70 @@ def _vocab_parallel(given: Any, columns: int) -> VocabParallel:
     return VocabParallel(given, rank * columns, (rank + 1) * columns, world * columns)
 
 
-def _label_arguments(labels: Tensor, rows: int, start: int, total: int, ignore_index: int) -> tuple[int, ...]:
-    per_row = labels.numel() // rows if rows else 1
-    return (labels.data_ptr(), DTYPES[labels.dtype], per_row, start, total, ignore_index)
+class _Call(NamedTuple):
+    """The inputs of every kernel here, checked."""
 
+    logits: Tensor
+    labels: Tensor
+    temperatures: Tensor | None
+    kept_mask: Tensor | None
+    kept_indptr: Tensor | None
+    kept_indices: Tensor | None
+    temperature: float
+    softcap: float
+    ignore_index: int
+    vocab_start: int
+    vocab_total: int
 
-def _kept_arguments(mask: Tensor | None, indptr: Tensor | None, indices: Tensor | None, total: int) -> tuple[int, ...]:
-    if mask is None and indptr is None:
-        return (0, 0, 0, 0, total)
-    return (address(mask), address(indptr), address(indices), 0 if indices is None else indices.shape[0], total)
+    def native(self) -> tuple[Any, ...]:
+        """As the extensions take them."""
+        vocab = self.logits.shape[-1]
+        rows = self.logits.numel() // vocab
+        labels = (
+            self.labels.data_ptr(), DTYPES[self.labels.dtype], self.labels.numel() // rows if rows else 1, self.vocab_start,
+            self.vocab_total, self.ignore_index,
+        )  # fmt: skip
+        kept = (0, 0, 0, 0, self.vocab_total)
+        if self.kept_mask is not None or self.kept_indptr is not None:
+            count = 0 if self.kept_indices is None else self.kept_indices.shape[0]
+            kept = (address(self.kept_mask), address(self.kept_indptr), address(self.kept_indices), count, self.vocab_total)
+        scaling = (self.temperature, address(self.temperatures), self.softcap)
+        return matrix(with_rows(self.logits)), rows, vocab, labels, scaling, kept
+
+    def triton(self) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+        """As the Triton kernels take them."""
+        options = {name: getattr(self, name) for name in ("temperature", "softcap", "ignore_index", "vocab_start")}
+        return (with_rows(self.logits), *self[1:6]), options
 
 
 def _forward(
     logits: Tensor, labels: Tensor, temperatures: Tensor | None, kept_mask: Tensor | None, kept_indptr: Tensor | None,
     kept_indices: Tensor | None, temperature: float, softcap: float, ignore_index: int, vocab_start: int,
-    vocab_total: int, entropy: bool, lse: bool, save: bool, inplace_backward: bool,
+    vocab_total: int, entropy: bool, lse: bool, save: bool, inplace_backward: bool, backend: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    x, vocab = with_rows(logits), logits.shape[-1]
-    rows = logits.numel() // vocab
+    call = _Call(
+        logits, labels, temperatures, kept_mask, kept_indptr, kept_indices, temperature, softcap, ignore_index, vocab_start,
+        vocab_total,
+    )  # fmt: skip
     dtype = result_dtype(logits)
-    out = empty(labels.shape, dtype)
-    like = out if out.dim() < logits.dim() else empty(logits.shape[:-1], dtype)
+    out = empty(labels.shape, dtype, logits)
+    like = out if out.dim() < logits.dim() else empty(logits.shape[:-1], dtype, logits)
     H = torch.empty_like(like) if entropy else None
     z = torch.empty_like(like) if lse else None
     m, log_sum = (torch.empty_like(like), torch.empty_like(like)) if save else (None, None)
-    extension().logprobs_forward(
-        matrix(x), rows, vocab, _label_arguments(labels, rows, vocab_start, vocab_total, ignore_index),
-        (temperature, address(temperatures), softcap), _kept_arguments(kept_mask, kept_indptr, kept_indices, vocab_total),
-        (out.data_ptr(), address(H), address(z), address(m), address(log_sum)), 0, threads(),
-    )  # fmt: skip
+    if backend == "triton":
+        inputs, options = call.triton()
+        triton_kernels("logprobs").forward(
+            *inputs, **options, logprobs=out, entropy=H, lse=z, max=m, log_sum=log_sum, partials=None
+        )
+    else:
+        results = (out.data_ptr(), address(H), address(z), address(m), address(log_sum))
+        native(backend).logprobs_forward(*call.native(), results, 0, lane(backend, logits))
     return out, H, z, m, log_sum
 
 
 def _fake_forward(logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    entropy, lse, save = rest[-4], rest[-3], rest[-2]
+    entropy, lse, save = rest[-5:-2]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
 
     def row(wanted: bool) -> Tensor | None:
@@ -206,19 +253,32 @@ def _backward_implementation(
     logits: Tensor, labels: Tensor, temperatures: Tensor | None, kept_mask: Tensor | None, kept_indptr: Tensor | None,
     kept_indices: Tensor | None, temperature: float, softcap: float, ignore_index: int, vocab_start: int,
     vocab_total: int, max_: Tensor, log_sum: Tensor, entropy: Tensor | None, grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None, grad_lse: Tensor | None, inplace: bool = False,
+    grad_entropy: Tensor | None, grad_lse: Tensor | None, backend: str, inplace: bool = False,
 ) -> Tensor:  # fmt: skip
-    x, vocab = with_rows(logits), logits.shape[-1]
-    rows = logits.numel() // vocab
-    grad = x if inplace else empty(x.shape, x.dtype)
-    grads = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy, grad_lse)]
-    extension().logprobs_backward(
-        matrix(x), rows, vocab, _label_arguments(labels, rows, vocab_start, vocab_total, ignore_index),
-        (temperature, address(temperatures), softcap), _kept_arguments(kept_mask, kept_indptr, kept_indices, vocab_total),
-        (0, address(entropy), 0, max_.data_ptr(), log_sum.data_ptr()),
-        address(grads[0]), address(grads[1]), address(grads[2]), matrix(grad), threads(),
+    call = _Call(
+        logits, labels, temperatures, kept_mask, kept_indptr, kept_indices, temperature, softcap, ignore_index, vocab_start,
+        vocab_total,
     )  # fmt: skip
+    x = with_rows(logits)
+    # a block of the GPU clears a row before it writes the columns of a CSR set
+    direct = inplace and (backend == "cpu" or kept_indptr is None)
+    grad = x if direct else empty(x.shape, x.dtype, x)
+    grads = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy, grad_lse)]
+    if backend == "triton":
+        inputs, options = call.triton()
+        triton_kernels("logprobs").backward(
+            *inputs, **options, max=max_, log_sum=log_sum, entropy=entropy, grad_logprobs=grads[0], grad_entropy=grads[1],
+            grad_lse=grads[2], grad=grad,
+        )  # fmt: skip
+    else:
+        native(backend).logprobs_backward(
+            *call.native(), (0, address(entropy), 0, max_.data_ptr(), log_sum.data_ptr()),
+            address(grads[0]), address(grads[1]), address(grads[2]), matrix(grad), lane(backend, logits),
+        )  # fmt: skip
     if inplace:
+        if not direct:
+            x.copy_(grad)
+            grad = x
         torch.autograd.graph.increment_version(logits)
     return grad.detach().view(logits.shape)
 
@@ -230,7 +290,7 @@ _INPUTS = (
 _logprobs_backward = Op(
     "logprobs_backward",
     f"({_INPUTS}, Tensor max, Tensor log_sum, Tensor? entropy, Tensor? grad_logprobs, Tensor? grad_entropy, "
-    "Tensor? grad_lse) -> Tensor",
+    "Tensor? grad_lse, str backend) -> Tensor",
     _backward_implementation,
     lambda logits, *rest: torch.empty(logits.shape, dtype=logits.dtype, device=logits.device),
 )
@@ -238,7 +298,7 @@ _logprobs_backward = Op(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     tensors, ctx.options = inputs[:6], inputs[6:11]
-    ctx.inplace = inputs[-1]
+    ctx.inplace, ctx.backend = inputs[-2:]
     _, H, _, m, log_sum = output
     ctx.save_for_backward(*tensors, present(m), present(log_sum), present(H))
 
@@ -246,22 +306,23 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...])
 def _backward(ctx: Any, g_logprobs: Tensor | None, g_entropy: Tensor | None, g_lse: Tensor | None, *_: Any) -> tuple[Any, ...]:
     *tensors, m, log_sum, H = ctx.saved_tensors
     if m is None:  # no rows
-        return torch.zeros_like(tensors[0]), *[None] * 14
+        return torch.zeros_like(tensors[0]), *[None] * 15
     g_entropy, g_lse = (None if g is None or g.shape != m.shape else g for g in (g_entropy, g_lse))
     if H is None:
         g_entropy = None
-    arguments: tuple[Any, ...] = (*tensors, *ctx.options, m, log_sum, H, g_logprobs, g_entropy, g_lse)
+    arguments: tuple[Any, ...] = (*tensors, *ctx.options, m, log_sum, H, g_logprobs, g_entropy, g_lse, ctx.backend)
     if ctx.inplace and not torch.compiler.is_compiling() and type(tensors[0]) is Tensor:
         arguments = (*arguments, True)
         grad = _backward_implementation(*arguments)
     else:
         grad = _logprobs_backward(*arguments)
-    return grad, *[None] * 14
+    return grad, *[None] * 15
 
 
 _logprobs = Op(
     "logprobs",
-    f"({_INPUTS}, bool entropy, bool lse, bool save, bool inplace_backward) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, bool entropy, bool lse, bool save, bool inplace_backward, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
     _setup,
@@ -274,28 +335,38 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, group: Any, entropy: bool, lse: bool, inplace: bool, logits: Tensor, labels: Tensor, *options: Any
+        ctx: Any,
+        group: Any,
+        entropy: bool,
+        lse: bool,
+        inplace: bool,
+        backend: str,
+        logits: Tensor,
+        labels: Tensor,
+        *options: Any,
     ) -> tuple[Tensor | None, ...]:
-        temperatures, kept_mask, kept_indptr, kept_indices, temperature, softcap, ignore_index, start, total = options
-        vocab, dtype, lead = logits.shape[-1], result_dtype(logits), logits.shape[:-1]
-        x = with_rows(logits)
-        rows = logits.numel() // vocab
-        label_arguments = _label_arguments(labels, rows, start, total, ignore_index)
-        scaling = (temperature, address(temperatures), softcap)
-        partials = empty((rows, 3 + label_arguments[2]), dtype)
-        extension().logprobs_forward(
-            matrix(x), rows, vocab, label_arguments, scaling, _kept_arguments(kept_mask, kept_indptr, kept_indices, total),
-            (0, 0, 0, 0, 0), partials.data_ptr(), threads(),
-        )  # fmt: skip
-        gathered = all_gather(partials, group)
-        out = empty(labels.shape, dtype)
-        H, z, m, log_sum = (empty(lead, dtype) for _ in range(4))
-        results = (out.data_ptr(), H.data_ptr(), z.data_ptr(), m.data_ptr(), log_sum.data_ptr())
-        extension().logprobs_combine(
-            matrix(x), rows, vocab, label_arguments, scaling, results, gathered.data_ptr(), gathered.shape[0]
-        )
+        call = _Call(logits, labels, *options)
+        dtype, lead = result_dtype(logits), logits.shape[:-1]
+        rows = logits.numel() // logits.shape[-1]
+        partials = empty((rows, 3 + (labels.numel() // rows if rows else 1)), dtype, logits)
+        out = empty(labels.shape, dtype, logits)
+        H, z, m, log_sum = (empty(lead, dtype, logits) for _ in range(4))
+        if backend == "triton":
+            kernels, (inputs, settings) = triton_kernels("logprobs"), call.triton()
+            results = {"logprobs": out, "entropy": H, "lse": z, "max": m, "log_sum": log_sum}
+            kernels.forward(*inputs, **settings, **dict.fromkeys(results), partials=partials)
+            kernels.combine(
+                labels, call.temperatures, all_gather(partials, group), temperature=call.temperature,
+                ignore_index=call.ignore_index, **results,
+            )  # fmt: skip
+        else:
+            arguments, kernels = call.native(), native(backend)
+            kernels.logprobs_forward(*arguments, (0, 0, 0, 0, 0), partials.data_ptr(), lane(backend, logits))
+            gathered = all_gather(partials, group)
+            results = (out.data_ptr(), H.data_ptr(), z.data_ptr(), m.data_ptr(), log_sum.data_ptr())
+            kernels.logprobs_combine(*arguments[:5], results, gathered.data_ptr(), gathered.shape[0], lane(backend, logits))
         ctx.save_for_backward(logits, labels, *options[:4], m, log_sum, H)
-        ctx.options, ctx.inplace = options[4:], inplace
+        ctx.options, ctx.inplace, ctx.backend = options[4:], inplace, backend
         ctx.set_materialize_grads(False)
         return out, H if entropy else None, z if lse else None
 
@@ -303,9 +374,9 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         *tensors, m, log_sum, H = ctx.saved_tensors
-        arguments: tuple[Any, ...] = (*tensors, *ctx.options, m, log_sum, H, *grads, ctx.inplace)
+        arguments: tuple[Any, ...] = (*tensors, *ctx.options, m, log_sum, H, *grads, ctx.backend, ctx.inplace)
         grad = _backward_implementation(*arguments)
-        return *[None] * 4, grad, *[None] * 10
+        return *[None] * 5, grad, *[None] * 10
 
 
 def _reference(
@@ -314,19 +385,9 @@ def _reference(
 ) -> Logprobs:  # fmt: skip
     vocab, lead = logits.shape[-1], logits.shape[:-1]
     total = parallel.vocab_size if parallel else vocab
-    outside = (labels != ignore_index) & ((labels < 0) | (labels >= total))
-    if not torch.compiler.is_compiling() and bool(outside.any()):
-        i = int(outside.reshape(-1).nonzero()[0, 0])
-        raise IndexError(
-            f"labels: {labels.reshape(-1)[i].item()} at flat position {i} is outside [0, {total}) and is not "
-            f"ignore_index ({ignore_index})"
-        )
-    if (
-        temperatures is not None
-        and not torch.compiler.is_compiling()
-        and not bool(((temperatures >= 1e-20) & (temperatures <= 1e20)).all())
-    ):
-        raise ValueError("temperature: every value must lie in [1e-20, 1e20]")
+    if not torch.compiler.is_compiling():
+        value_checks.labels(labels, total, ignore_index)
+        value_checks.temperatures(temperatures)
     x = logits.reshape(-1, vocab)
     y = labels.reshape(x.shape[0], labels.shape[-1] if labels.dim() == logits.dim() else 1)
     m, s, t, z, counted, scale = reference.statistics(

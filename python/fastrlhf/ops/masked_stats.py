@@ -9,8 +9,26 @@ import torch
 from torch import Tensor
 
 from ..kernels.masked_stats import reference
-from . import checks
-from .backend import address, choose, empty, empty_as, extension, flat, result_dtype, row_shape, scalar, threads, tokens
+from . import checks, value_checks
+from .backend import (
+    address,
+    choose,
+    counter,
+    cuda_extension,
+    empty,
+    empty_as,
+    empty_scalar,
+    extension,
+    flat,
+    raw_stream,
+    result_dtype,
+    result_dtype_on,
+    row_shape,
+    threads,
+    tokens,
+    triton_kernels,
+    workspace,
+)
 from .distributed import all_reduce_sum, merge_moments
 from .library import Op, present
 
@@ -25,7 +43,7 @@ def masked_mean(
         mask: x's shape, bool or weights; None counts all.
         dim: reduce this dimension only; None reduces all.
         group: a process group to take the mean over (with dim=None); the gradient is this rank's share of it.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cuda", "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         0-dim, or x's shape without `dim`; float32 (float64 for float64 x). Differentiable in x.
@@ -38,16 +56,17 @@ def masked_mean(
         raise IndexError(f"dim: expected in [{-x.dim()}, {x.dim()}) for x {checks.shape_of(x)}, got {dim}")
     if group is not None and dim is not None:
         raise ValueError("group: a mean across ranks is over all elements; dim must be None")
-    if choose("masked_mean", x, backend) == "reference":
+    backend = choose("masked_mean", x, backend)
+    if backend == "reference":
         if group is not None:
             values, weights = reference.weighted(x, mask)
             return _mean_over_ranks((values * weights).sum(), weights.sum(), group)
         return reference.masked_mean(x, mask, dim)
     if dim is None:
         if group is not None:
-            total, count = row_sums(flat(x), None if mask is None else flat(mask), False, counts=True)
+            total, count = row_sums(flat(x), None if mask is None else flat(mask), False, counts=True, backend=backend)
             return _mean_over_ranks(total, count, group)
-        mean: Tensor = row_sums(flat(x), None if mask is None else flat(mask), True)[0]
+        mean: Tensor = row_sums(flat(x), None if mask is None else flat(mask), True, backend=backend)[0]
         return mean
     moved = x.movedim(dim, -1)
     moved_mask = None if mask is None else mask.movedim(dim, -1)
@@ -55,7 +74,8 @@ def masked_mean(
     if moved.dim() == 1:
         return masked_mean(x, mask, backend=backend)
     wide = moved.reshape(math.prod(rows), moved.shape[-1])
-    means: Tensor = row_sums(wide, None if moved_mask is None else moved_mask.reshape(wide.shape), True)[0]
+    wide_mask = None if moved_mask is None else moved_mask.reshape(wide.shape)
+    means: Tensor = row_sums(wide, wide_mask, True, backend=backend)[0]
     return means.reshape(rows)
 
 
@@ -85,14 +105,14 @@ def masked_var(
     """
     _check(x, mask)
     _no_gradient_across_ranks(x, group)
-    if choose("masked_var", x, backend) == "reference" and group is None:
+    backend = choose("masked_var", x, backend)
+    if group is not None:
+        n, _, m2 = merge_moments(moments(flat(x), None if mask is None else flat(mask), backend), group)
+        return _variance(n, m2, unbiased).to(result_dtype(x))
+    if backend == "reference":
         return reference.masked_var(x, mask, unbiased=unbiased)
-    if group is None:
-        out: Tensor = _var(flat(x), None if mask is None else flat(mask), unbiased)
-        return out
-    n, _, m2 = _global_moments(x, mask, group)
-    over = n - 1 if unbiased else n
-    return torch.tensor(m2 / over if over > 0 else 0.0, dtype=result_dtype(x), device=x.device)
+    out: Tensor = _var(flat(x), None if mask is None else flat(mask), unbiased, backend)
+    return out
 
 
 def whiten(
@@ -125,17 +145,16 @@ def whiten(
     _check(x, mask)
     checks.number("eps", eps, low=0)
     _no_gradient_across_ranks(x, group)
-    if choose("whiten", x, backend) == "reference" and group is None:
+    backend = choose("whiten", x, backend)
+    line, line_mask = (x, mask) if x.dim() in (1, 2) else (flat(x), None if mask is None else flat(mask))
+    if group is not None:
+        of = merge_moments(moments(line, line_mask, backend), group)
+        return standardize_by(of, line, line_mask, shift_mean, unbiased, eps, backend).view(x.shape)
+    if backend == "reference":
         return reference.whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps)
-    if group is None:
-        save = torch.is_grad_enabled() and x.requires_grad
-        if x.dim() in (1, 2):
-            whole: Tensor = _whiten(x, mask, shift_mean, unbiased, eps, save)[0]
-            return whole
-        out: Tensor = _whiten(flat(x), None if mask is None else flat(mask), shift_mean, unbiased, eps, save)[0]
-        return out.view(x.shape)
-    mean, scale = _shift_and_scale(_global_moments(x, mask, group), unbiased, eps)
-    return standardize(flat(x), None if mask is None else flat(mask), mean, scale, 0.0 if shift_mean else mean).view(x.shape)
+    save = torch.is_grad_enabled() and x.requires_grad
+    out: Tensor = _whiten(line, line_mask, shift_mean, unbiased, eps, save, backend)[0]
+    return out if x.dim() in (1, 2) else out.view(x.shape)
 
 
 def _check(x: Any, mask: Any) -> None:
@@ -149,58 +168,104 @@ def _no_gradient_across_ranks(x: Tensor, group: Any) -> None:
         raise ValueError("group: statistics across ranks have no gradient; detach x or call under torch.no_grad()")
 
 
-def _global_moments(x: Tensor, mask: Tensor | None, group: Any) -> tuple[float, float, float]:
-    return merge_moments(*moments(flat(x), None if mask is None else flat(mask)), group, x.device)
-
-
-def moments(x: Tensor, mask: Tensor | None) -> tuple[float, float, float]:
-    """(n, mean, M2) of a (total) tensor, in double."""
-    if not x.is_cpu:
+def moments(x: Tensor, mask: Tensor | None, backend: str) -> Tensor:
+    """(n, mean, M2) of a (B, T) or (total) tensor: float64 (3), on its device."""
+    if backend == "reference":
         values, weights = reference.weighted(x.double(), mask)
         mean = reference.masked_mean(values, weights)
-        parts = torch.stack([weights.sum(), mean, (weights * (values - mean) ** 2).sum()]).tolist()
-        return parts[0], parts[1], parts[2]
+        return torch.stack([weights.sum(), mean, (weights * (values - mean) ** 2).sum()])
+    if backend == "cpu":
+        return torch.tensor(_cpu_moments(x, mask), dtype=torch.float64, device="cpu")
+    return _device_moments(x, mask, False, None, backend)
+
+
+def _cpu_moments(x: Tensor, mask: Tensor | None) -> tuple[float, float, float]:
     result: tuple[float, float, float] = extension().moments(
         row_shape(x), x.dtype == torch.float64, tokens(x), tokens(mask), threads()
     )
     return result
 
 
-def _shift_and_scale(of: tuple[float, float, float], unbiased: bool, eps: float) -> tuple[float, float]:
-    n, mean, m2 = of
+def _device_moments(x: Tensor, mask: Tensor | None, unbiased: bool, variance: Tensor | None, backend: str) -> Tensor:
+    out = empty((3,), torch.float64, x)
+    if backend == "triton":
+        triton_kernels("masked_stats").moments(x, mask, out, variance, counter(x), unbiased=unbiased)
+    else:
+        shape = row_shape(x)
+        work = workspace(shape, x)
+        cuda_extension().moments(
+            shape, tokens(x), tokens(mask), out.data_ptr(), address(variance), unbiased, work.data_ptr(), work.numel(),
+            counter(x).data_ptr(), raw_stream(x),
+        )  # fmt: skip
+    return out
+
+
+def _variance(n: Tensor, m2: Tensor, unbiased: bool) -> Tensor:
     over = n - 1 if unbiased else n
-    variance = m2 / over if over > 0 else 0.0
-    return mean, 1 / math.sqrt(variance + eps) if variance + eps > 0 else 0.0
+    return torch.where(over > 0, m2 / torch.where(over > 0, over, torch.ones_like(over)), torch.zeros_like(m2))
 
 
-def standardize(x: Tensor, mask: Tensor | None, shift: float, scale: float, back: float, out: Tensor | None = None) -> Tensor:
-    """(x - shift) scale + back where the mask counts, 0 elsewhere; `out` may be x."""
-    dtype = result_dtype(x)
-    if not x.is_cpu:
+def _shift_and_scale(of: Tensor, unbiased: bool, eps: float) -> Tensor:
+    """The mean and 1 / √(var + eps), 0 where that is not defined: float64 (2)."""
+    n, mean, m2 = of
+    spread = _variance(n, m2, unbiased) + eps
+    some = spread > 0
+    return torch.stack([mean, torch.where(some, torch.rsqrt(torch.where(some, spread, torch.ones_like(spread))), spread * 0)])
+
+
+def standardize_by(
+    of: Tensor, x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float, backend: str,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x whitened by given moments, 0 where the mask does not count; `out` may be x."""
+    if backend == "reference":
+        shift, scale = _shift_and_scale(of, unbiased, eps)
         kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
-        return torch.where(kept, (x.to(dtype) - shift) * scale + back, torch.zeros((), dtype=dtype, device=x.device))
+        white = (x.double() - shift) * scale + (0.0 if shift_mean else shift)
+        return torch.where(kept, white, torch.zeros_like(white)).to(result_dtype(x))
+    dtype = result_dtype_on("whiten", backend, x)
     if out is None:
         out = empty_as(x, dtype)
-    extension().standardize(
-        row_shape(x), dtype == torch.float64, tokens(x), tokens(mask), shift, scale, back, out.data_ptr(), threads()
-    )
+    if backend == "cpu":
+        shift, scale = _shift_and_scale(of, unbiased, eps).tolist()
+        extension().standardize(
+            row_shape(x), dtype == torch.float64, tokens(x), tokens(mask), shift, scale, 0.0 if shift_mean else shift,
+            out.data_ptr(), threads(),
+        )  # fmt: skip
+    elif backend == "triton":
+        triton_kernels("masked_stats").standardize(x, mask, of, shift_mean=shift_mean, unbiased=unbiased, eps=eps, out=out)
+    else:
+        cuda_extension().standardize(
+            row_shape(x), tokens(x), tokens(mask), of.data_ptr(), shift_mean, unbiased, eps, out.data_ptr(), raw_stream(x)
+        )
     return out
 
 
 def _row_sums_forward(
-    x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None, counts: bool
+    x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None, counts: bool, backend: str
 ) -> tuple[Tensor, Tensor | None]:
-    dtype, shape = result_dtype(x), row_shape(x, cu_seqlens)
+    dtype, shape = result_dtype_on("masked_mean", backend, x), row_shape(x, cu_seqlens)
+    if value_checks.wanted(backend):
+        value_checks.pack(cu_seqlens, x)
     lead = () if x.dim() == 1 and cu_seqlens is None else (shape[0],)
-    sums, n = empty(lead, dtype), empty(lead, dtype) if counts else None
-    extension().row_sums(
-        shape, dtype == torch.float64, tokens(x), tokens(mask), average, sums.data_ptr(), address(n), threads()
-    )
+    sums, n = empty(lead, dtype, x), empty(lead, dtype, x) if counts else None
+    if backend == "cpu":
+        extension().row_sums(
+            shape, dtype == torch.float64, tokens(x), tokens(mask), average, sums.data_ptr(), address(n), threads()
+        )
+    elif backend == "triton":
+        triton_kernels("masked_stats").row_sums(x, mask, cu_seqlens, average=average, sums=sums, counts=n, counter=counter(x))
+    else:
+        work = workspace(shape, x)
+        cuda_extension().row_sums(
+            shape, tokens(x), tokens(mask), average, sums.data_ptr(), address(n), work.data_ptr(), work.numel(),
+            counter(x).data_ptr(), raw_stream(x),
+        )  # fmt: skip
     return sums, n
 
 
 def _fake_row_sums(
-    x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None, counts: bool
+    x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None, counts: bool, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     lead = () if x.dim() == 1 and cu_seqlens is None else (x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -208,7 +273,7 @@ def _fake_row_sums(
 
 
 def _setup_row_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, mask, ctx.average, cu_seqlens, _ = inputs
+    x, mask, ctx.average, cu_seqlens, *_ = inputs
     ctx.save_for_backward(mask, cu_seqlens, present(output[1]))
     ctx.shape, ctx.dtype = x.shape, x.dtype
 
@@ -222,12 +287,12 @@ def _backward_row_sums(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     else:
         g = grad.unsqueeze(-1).expand(ctx.shape) if len(ctx.shape) == 2 else grad.expand(ctx.shape)
     g = g if mask is None else g * mask.to(g.dtype)
-    return g.to(ctx.dtype), None, None, None, None
+    return g.to(ctx.dtype), *[None] * 5
 
 
 _row_sums = Op(
     "row_sums",
-    "(Tensor x, Tensor? mask, bool average, Tensor? cu_seqlens, bool counts) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor? mask, bool average, Tensor? cu_seqlens, bool counts, str backend) -> (Tensor, Tensor)",
     _row_sums_forward,
     _fake_row_sums,
     _setup_row_sums,
@@ -235,15 +300,21 @@ _row_sums = Op(
 )
 
 
-def row_sums(x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None = None, counts: bool = False) -> Any:
+def row_sums(
+    x: Tensor, mask: Tensor | None, average: bool, cu_seqlens: Tensor | None = None, counts: bool = False, *, backend: str
+) -> Any:
     """Masked sums (or means) of the rows of (B, T), of a pack, or of (T), which gives one number; and their counts."""
-    return _row_sums(x, mask, average, cu_seqlens, counts or (torch.is_grad_enabled() and x.requires_grad))
+    return _row_sums(x, mask, average, cu_seqlens, counts or (torch.is_grad_enabled() and x.requires_grad), backend)
 
 
-def _var_forward(x: Tensor, mask: Tensor | None, unbiased: bool) -> Tensor:
-    n, _, m2 = moments(x, mask)
+def _var_forward(x: Tensor, mask: Tensor | None, unbiased: bool, backend: str) -> Tensor:
+    out = empty_scalar(result_dtype_on("masked_var", backend, x), x)
+    if backend != "cpu":
+        _device_moments(x, mask, unbiased, out, backend)
+        return out
+    n, _, m2 = _cpu_moments(x, mask)
     over = n - 1 if unbiased else n
-    return scalar(m2 / over if over > 0 else 0.0, result_dtype(x))
+    return out.fill_(m2 / over if over > 0 else 0.0)
 
 
 def _setup_var(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -262,23 +333,27 @@ def _backward_var(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     d, weights, n = _centred(x, mask)
     over = n - 1 if ctx.unbiased else n
     scale = torch.where(over > 0, grad / over.where(over > 0, torch.ones_like(over)), torch.zeros_like(grad))
-    return (2 * scale * weights * d).to(x.dtype), None, None
+    return (2 * scale * weights * d).to(x.dtype), None, None, None
 
 
 _var = Op(
     "masked_var",
-    "(Tensor x, Tensor? mask, bool unbiased) -> Tensor",
+    "(Tensor x, Tensor? mask, bool unbiased, str backend) -> Tensor",
     _var_forward,
-    lambda x, mask, unbiased: x.new_empty((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32),
+    lambda x, mask, unbiased, backend: x.new_empty((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32),
     _setup_var,
     _backward_var,
 )
 
 
 def _whiten_forward(
-    x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float, save: bool
+    x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float, save: bool, backend: str
 ) -> tuple[Tensor, Tensor | None]:
-    dtype = result_dtype(x)
+    dtype = result_dtype_on("whiten", backend, x)
+    if backend != "cpu":
+        of = _device_moments(x, mask, unbiased, None, backend)
+        white = standardize_by(of, x, mask, shift_mean, unbiased, eps, backend)
+        return white, _shift_and_scale(of, unbiased, eps) if save else None
     out = empty_as(x, dtype)
     mean, scale = extension().whiten(
         row_shape(x), dtype == torch.float64, tokens(x), tokens(mask), shift_mean, unbiased, eps, out.data_ptr(), threads()
@@ -288,7 +363,7 @@ def _whiten_forward(
 
 def _fake_whiten(x: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(2, dtype=torch.float64) if _[-1] else None
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(2, dtype=torch.float64) if _[-2] else None
 
 
 def _setup_whiten(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -311,12 +386,12 @@ def _backward_whiten(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     out = r * (g - weights * (g.sum() / safe_n) - weights * d * along)
     if not shift_mean:
         out = out + weights * (g.sum() / safe_n)
-    return out.to(x.dtype), None, None, None, None, None
+    return out.to(x.dtype), *[None] * 6
 
 
 _whiten = Op(
     "whiten",
-    "(Tensor x, Tensor? mask, bool shift_mean, bool unbiased, float eps, bool save) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor? mask, bool shift_mean, bool unbiased, float eps, bool save, str backend) -> (Tensor, Tensor)",
     _whiten_forward,
     _fake_whiten,
     _setup_whiten,

@@ -11,22 +11,27 @@ from torch import Tensor
 from ..kernels.kl.reference import KINDS as KL_KINDS
 from ..kernels.policy_loss import reference
 from ..kernels.policy_loss.reference import RolloutCorrection
-from . import checks
+from . import checks, value_checks
 from .backend import (
     address,
     choose,
+    counter,
+    cuda_extension,
     empty_as,
     empty_scalar,
     empty_stats,
     extension,
-    result_dtype,
+    raw_stream,
+    result_dtype_on,
     row_shape,
     row_values,
     threads,
     tokens,
+    triton_kernels,
+    workspace,
 )
-from .distributed import all_reduce_sum
 from .library import Op, present
+from .reduction import device_denominator, global_denominator, loss_gradient, read_denominator
 from .stats import LossStats
 
 _NAMES = {"gpg": "reinforce"}
@@ -98,7 +103,7 @@ def policy_loss(
         denominator: what the reduction divides by in place of its own count (tokens; sequences; sequences · T): give the
             global count, and micro-batches and data-parallel ranks add up to the exact full-batch loss.
         group: a process group over which the count is summed instead.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cuda", "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         `PolicyLoss(loss, stats)`: loss 0-dim float32 (float64 for float64 logprobs), 0 with gradient 0 where nothing is
@@ -164,7 +169,8 @@ def policy_loss(
             raise ValueError(f"entropy: needed for entropy_coef={entropy_coef}, got None")
     denominator = global_denominator(denominator, logprobs, mask, cu, reduction, group)
 
-    if choose("policy_loss", logprobs, backend) == "reference":
+    backend = choose("policy_loss", logprobs, backend)
+    if backend == "reference":
         loss, stats = _reference(
             logprobs, old_logprobs, advantages, mask, cu, rollout_logprobs, ref_logprobs, entropy, kind=kind,
             clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, ratio_clamp=ratio_clamp, delta=delta,
@@ -182,54 +188,16 @@ def policy_loss(
     number = math.nan if denominator is None or given is not None else float(denominator)
     loss, stats, *_ = _policy_loss(
         logprobs, old_logprobs, advantages, mask, rollout_logprobs, ref_logprobs, entropy, cu, given, numbers, number, codes,
-        grads and logprobs.requires_grad, grads and entropy is not None and entropy.requires_grad,
+        grads and logprobs.requires_grad, grads and entropy is not None and entropy.requires_grad, backend,
     )  # fmt: skip
     return PolicyLoss(loss, LossStats(stats.detach() if stats.requires_grad else stats, reference.STATS))
-
-
-def global_denominator(
-    denominator: Any, like: Tensor, mask: Tensor | None, cu: Tensor | None, reduction: str, group: Any
-) -> float | Tensor | None:
-    """The divisor of a reduction: the given one, or the count over a group; None for the local count."""
-    if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
-            raise ValueError(f"denominator: expected one number, got shape {checks.shape_of(denominator)}")
-        return denominator.detach()
-    if denominator is not None:
-        checks.number("denominator", denominator, low=0, open_low=True)
-        return float(denominator)
-    if group is None or reduction == "token-sum":
-        return None
-    weights = torch.ones_like(like, dtype=torch.float64) if mask is None else mask.double()
-    if reduction == "token-mean":
-        local = weights.sum()
-    else:
-        longest = like.shape[-1]
-        if cu is not None:
-            lengths = cu.diff()
-            row = torch.repeat_interleave(torch.arange(len(lengths), device=like.device), lengths, output_size=like.shape[0])
-            local = weights.new_zeros(len(lengths)).index_add(0, row, weights).ne(0).sum().double()
-            longest = int(lengths.max()) if len(lengths) else 0
-        else:
-            local = (weights.sum(-1) != 0).sum().double()
-        if reduction == "seq-mean-token-sum-norm":
-            local = local * longest
-    return all_reduce_sum(local, group)
-
-
-def read_denominator(given: Tensor) -> float:
-    """A denominator's value; NaN stands for the local count in the kernels and cannot be given."""
-    value = float(given.item())
-    if not 0 <= value < math.inf:
-        raise ValueError(f"denominator: expected a finite number >= 0, got {value}")
-    return value
 
 
 def _reference(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None, cu: Tensor | None,
     rollout_logprobs: Tensor | None, ref_logprobs: Tensor | None, entropy: Tensor | None, **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    checks.pack(cu, logprobs)
+    value_checks.pack(cu, logprobs)
 
     def row(t: Tensor | None) -> Any:
         return t.unsqueeze(0) if t is not None and t.dim() == 1 and cu is None and logprobs.dim() == 1 else t
@@ -247,52 +215,72 @@ def _forward(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None, rollout_logprobs: Tensor | None,
     ref_logprobs: Tensor | None, entropy: Tensor | None, cu_seqlens: Tensor | None, given: Tensor | None,
     numbers: list[float], denominator: float, codes: list[int], grad: bool, grad_entropy: bool,
+    backend: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    dtype = result_dtype(logprobs, old_logprobs, advantages)
+    dtype = result_dtype_on("policy_loss", backend, logprobs, old_logprobs, advantages)
     shape = row_shape(logprobs, cu_seqlens)
-    loss, stats = empty_scalar(dtype), empty_stats(reference.STATS)
+    loss, stats = empty_scalar(dtype, logprobs), empty_stats(reference.STATS, logprobs)
     d_logprobs = empty_as(logprobs, dtype) if grad else None
     d_entropy = empty_as(logprobs, dtype) if grad_entropy else None
+    if backend != "cpu" and value_checks.wanted(backend):
+        value_checks.pack(cu_seqlens, logprobs)
+    if backend == "triton":
+        share = empty_scalar(torch.float32, logprobs)
+        triton_kernels("policy_loss").policy_loss(
+            logprobs, old_logprobs, advantages, mask, rollout_logprobs, ref_logprobs, entropy, cu_seqlens,
+            device_denominator(denominator, given), numbers=numbers, codes=codes, grad_logprobs=d_logprobs,
+            grad_entropy=d_entropy, loss=loss, stats=stats, share=share, counter=counter(logprobs),
+        )  # fmt: skip
+        return loss, stats, d_logprobs, d_entropy, share
     per_row = advantages.shape != logprobs.shape
-    extension().policy_loss(
-        shape, dtype == torch.float64,
-        (tokens(logprobs), tokens(old_logprobs), row_values(advantages) if per_row else tokens(advantages), tokens(mask),
-         tokens(rollout_logprobs), tokens(ref_logprobs), tokens(entropy)),
-        (*numbers, denominator if given is None else read_denominator(given)), tuple(codes),
-        address(d_logprobs), address(d_entropy),
-        loss.data_ptr(), stats.data_ptr(), threads(),
+    arrays = (
+        tokens(logprobs), tokens(old_logprobs), row_values(advantages) if per_row else tokens(advantages), tokens(mask),
+        tokens(rollout_logprobs), tokens(ref_logprobs), tokens(entropy),
     )  # fmt: skip
-    return loss, stats, d_logprobs, d_entropy
+    grads = (address(d_logprobs), address(d_entropy))
+    if backend == "cpu":
+        extension().policy_loss(
+            shape, dtype == torch.float64, arrays, (*numbers, denominator if given is None else read_denominator(given)),
+            tuple(codes), *grads, loss.data_ptr(), stats.data_ptr(), threads(),
+        )  # fmt: skip
+        return loss, stats, d_logprobs, d_entropy, None
+    share, over, work = empty_scalar(torch.float32, logprobs), device_denominator(math.nan, given), workspace(shape, logprobs)
+    cuda_extension().policy_loss(
+        shape, arrays, (*numbers, denominator), tuple(codes), *grads, loss.data_ptr(), stats.data_ptr(), share.data_ptr(),
+        address(over), work.data_ptr(), work.numel(), counter(logprobs).data_ptr(), raw_stream(logprobs),
+    )  # fmt: skip
+    return loss, stats, d_logprobs, d_entropy, share
 
 
 def _fake(logprobs: Tensor, old: Tensor, advantages: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    grad, grad_entropy = rest[-2:]
+    grad, grad_entropy, backend = rest[-3:]
     dtype = torch.float64 if torch.float64 in (logprobs.dtype, old.dtype, advantages.dtype) else torch.float32
     return (
         logprobs.new_empty((), dtype=dtype),
         logprobs.new_empty(len(reference.STATS), dtype=torch.float32),
         logprobs.new_empty(logprobs.shape, dtype=dtype) if grad else None,
         logprobs.new_empty(logprobs.shape, dtype=dtype) if grad_entropy else None,
+        None if backend == "cpu" else logprobs.new_empty((), dtype=torch.float32),
     )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-    ctx.save_for_backward(present(output[2]), present(output[3]))
-    ctx.dtypes = inputs[0].dtype, None if inputs[6] is None else inputs[6].dtype
+    ctx.save_for_backward(*(present(t) for t in output[2:]))
+    ctx.dtypes, ctx.backend = (inputs[0].dtype, None if inputs[6] is None else inputs[6].dtype), inputs[-1]
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    d_logprobs, d_entropy = ctx.saved_tensors
-    first = None if d_logprobs is None else (d_logprobs * grad).to(ctx.dtypes[0])
-    second = None if d_entropy is None else (d_entropy * grad).to(ctx.dtypes[1])
-    return first, None, None, None, None, None, second, *[None] * 7
+    d_logprobs, d_entropy, share = ctx.saved_tensors
+    first = loss_gradient(d_logprobs, grad, share, ctx.dtypes[0], ctx.backend)
+    second = loss_gradient(d_entropy, grad, share, ctx.dtypes[1], ctx.backend)
+    return first, None, None, None, None, None, second, *[None] * 8
 
 
 _policy_loss = Op(
     "policy_loss",
     "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? rollout_logprobs, "
     "Tensor? ref_logprobs, Tensor? entropy, Tensor? cu_seqlens, Tensor? given, float[] numbers, float denominator, "
-    "int[] codes, bool grad, bool grad_entropy) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int[] codes, bool grad, bool grad_entropy, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     _setup,

@@ -10,9 +10,19 @@ from torch import Tensor
 
 from ..kernels.preference_loss import reference
 from . import checks
-from .backend import address, choose, empties, empty_scalar, empty_stats, extension, result_dtype, row_values
+from .backend import (
+    address,
+    choose,
+    empties,
+    empty_scalar,
+    empty_stats,
+    extension,
+    result_dtype_on,
+    row_values,
+    triton_kernels,
+)
 from .library import Op, present
-from .policy_loss import read_denominator
+from .reduction import device_denominator, read_denominator
 from .stats import LossStats
 
 _NAMES = {"cdpo": "dpo", "spin": "dpo"}
@@ -74,7 +84,7 @@ def preference_loss(
         kl_baseline: a number or one-element tensor, >= 0 and without gradient, for kto.
         chosen_lengths: (B), tokens, > 0.
         denominator: what the means divide by instead of B: the pairs of the whole batch.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         `PreferenceLoss(loss, losses, stats)`, float32 (float64 for float64 chosen); 0 for no pairs. stats: accuracy
@@ -130,7 +140,8 @@ def preference_loss(
     elif kl_baseline != 0:
         checks.number("kl_baseline", kl_baseline, low=0)
 
-    if choose("preference_loss", chosen, backend) == "reference":
+    backend = choose("preference_loss", chosen, backend)
+    if backend == "reference":
         names = ("ref_chosen", "ref_rejected", "chosen_rewards", "rejected_rewards")
         optional = (ref_chosen, ref_rejected, chosen_rewards, rejected_rewards)
         constants = {name: None if t is None else t.detach() for name, t in zip(names, optional, strict=True)}
@@ -157,7 +168,7 @@ def preference_loss(
     ]  # fmt: skip
     loss, losses, stats = _run(
         chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, chosen_lengths, baseline, denominator,
-        code, numbers,
+        code, numbers, backend,
     )  # fmt: skip
     return PreferenceLoss(loss, losses, LossStats(stats, _STATS))
 
@@ -170,7 +181,7 @@ def _pair_statistics(c: Tensor, r: Tensor, scale: float) -> Tensor:
 def _run(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None, chosen_rewards: Tensor | None,
     rejected_rewards: Tensor | None, chosen_lengths: Tensor | None, baseline: Tensor | None, denominator: Any, kind: int,
-    numbers: list[float],
+    numbers: list[float], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     given = denominator.detach() if isinstance(denominator, Tensor) else None
     number = math.nan
@@ -180,7 +191,7 @@ def _run(
     grad = torch.is_grad_enabled() and (chosen.requires_grad or rejected.requires_grad)
     loss, losses, stats, *_ = _preference_loss(
         chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, chosen_lengths, baseline, given, kind,
-        numbers, number, grad,
+        numbers, number, grad, backend,
     )  # fmt: skip
     if chosen.shape[0] == 0:  # an absent result and an empty one look alike
         losses = chosen.to(loss.dtype)
@@ -200,11 +211,19 @@ def pairs_divisor(denominator: Any, pairs: int) -> float | Tensor:
 def _forward(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None, chosen_rewards: Tensor | None,
     rejected_rewards: Tensor | None, chosen_lengths: Tensor | None, baseline: Tensor | None, given: Tensor | None, kind: int,
-    numbers: list[float], denominator: float, grad: bool,
+    numbers: list[float], denominator: float, grad: bool, backend: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    dtype = result_dtype(chosen, rejected)
-    loss, stats = empty_scalar(dtype), empty_stats(_stats_of(kind))
+    dtype = result_dtype_on("preference_loss", backend, chosen, rejected)
+    loss, stats = empty_scalar(dtype, chosen), empty_stats(_stats_of(kind), chosen)
     losses, d_chosen, d_rejected, mean_d_chosen, mean_d_rejected = empties(chosen, dtype, True, grad, grad, grad, grad)
+    results = (loss, losses, d_chosen, d_rejected, mean_d_chosen, mean_d_rejected, stats)
+    if backend == "triton":
+        names = ("loss", "losses", "d_chosen", "d_rejected", "mean_d_chosen", "mean_d_rejected", "stats")
+        triton_kernels("preference_loss").preference_loss(
+            chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, chosen_lengths, baseline,
+            device_denominator(denominator, given), kind=kind, numbers=numbers, **dict(zip(names, results, strict=True)),
+        )  # fmt: skip
+        return loss, losses, stats, d_chosen, d_rejected, mean_d_chosen, mean_d_rejected
     if baseline is not None:
         numbers = [*numbers[:4], float(baseline.item()), *numbers[5:]]
     extension().preference_loss(
@@ -212,8 +231,7 @@ def _forward(
         (row_values(chosen), row_values(rejected), row_values(ref_chosen), row_values(ref_rejected),
          row_values(chosen_rewards), row_values(rejected_rewards), row_values(chosen_lengths)),
         (*numbers, denominator if given is None else read_denominator(given)),
-        (loss.data_ptr(), losses.data_ptr(), address(d_chosen), address(d_rejected), address(mean_d_chosen),
-         address(mean_d_rejected), stats.data_ptr()),
+        tuple(address(t) for t in results),
     )  # fmt: skip
     return loss, losses, stats, d_chosen, d_rejected, mean_d_chosen, mean_d_rejected
 
@@ -224,8 +242,8 @@ def _stats_of(kind: int) -> tuple[str, ...]:
 
 def _fake(chosen: Tensor, rejected: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     dtype = torch.float64 if torch.float64 in (chosen.dtype, rejected.dtype) else torch.float32
-    slopes = [chosen.new_empty(chosen.shape, dtype=dtype) if rest[-1] else None for _ in range(4)]
-    stats = chosen.new_empty(len(_stats_of(rest[-4])), dtype=torch.float32)
+    slopes = [chosen.new_empty(chosen.shape, dtype=dtype) if rest[-2] else None for _ in range(4)]
+    stats = chosen.new_empty(len(_stats_of(rest[-5])), dtype=torch.float32)
     return chosen.new_empty((), dtype=dtype), chosen.new_empty(chosen.shape, dtype=dtype), stats, *slopes
 
 
@@ -237,17 +255,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...])
 def _backward(ctx: Any, g_loss: Tensor, g_losses: Tensor, *_: Any) -> tuple[Any, ...]:
     d_chosen, d_rejected, mean_d_chosen, mean_d_rejected = ctx.saved_tensors
     if d_chosen is None:
-        return None, None, *[None] * 11
+        return None, None, *[None] * 12
     chosen = g_loss * mean_d_chosen + g_losses * d_chosen
     rejected = g_loss * mean_d_rejected + g_losses * d_rejected
-    return chosen.to(ctx.dtypes[0]), rejected.to(ctx.dtypes[1]), *[None] * 11
+    return chosen.to(ctx.dtypes[0]), rejected.to(ctx.dtypes[1]), *[None] * 12
 
 
 _preference_loss = Op(
     "preference_loss",
     "(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? chosen_rewards, "
     "Tensor? rejected_rewards, Tensor? chosen_lengths, Tensor? baseline, Tensor? given, int kind, float[] numbers, "
-    "float denominator, bool grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float denominator, bool grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     _setup,
@@ -272,7 +290,7 @@ def reward_loss(
         chosen, rejected: (B) scores, floating; the gradient flows to both.
         margin: (B), how much better the chosen one is; for margin_bt and scaled_bt, and only for them.
         denominator: what the mean divides by instead of B: the pairs of the whole batch.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         `PreferenceLoss(loss, losses, stats)`; stats: accuracy (x > 0), margin (mean of x), chosen_mean, rejected_mean.
@@ -291,12 +309,13 @@ def reward_loss(
         raise ValueError(f"margin: kind '{kind}' {'has none' if kind == 'bt' else 'needs one'}, got {type(margin).__name__}")
     if margin is not None:
         checks.rows("margin", margin, chosen.shape[0], "pair", chosen)
-    if choose("reward_loss", chosen, backend) == "reference":
+    backend = choose("reward_loss", chosen, backend)
+    if backend == "reference":
         losses = reference.reward_losses(chosen, rejected, None if margin is None else margin.detach(), kind=kind)
         loss = losses.sum() / pairs_divisor(denominator, chosen.shape[0])
         c, r = chosen.detach().to(losses.dtype), rejected.detach().to(losses.dtype)
         return PreferenceLoss(loss, losses, LossStats(_pair_statistics(c, r, 1.0).float(), _REWARD_STATS))
     code = len(reference.KINDS) + reference.REWARD_KINDS.index(kind)
     numbers = [1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
-    loss, losses, stats = _run(chosen, rejected, None, None, margin, None, None, None, denominator, code, numbers)
+    loss, losses, stats = _run(chosen, rejected, None, None, margin, None, None, None, denominator, code, numbers, backend)
     return PreferenceLoss(loss, losses, LossStats(stats, _REWARD_STATS))

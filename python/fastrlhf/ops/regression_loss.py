@@ -9,7 +9,19 @@ from torch import Tensor
 
 from ..kernels.preference_loss import reference
 from . import checks
-from .backend import address, choose, elements, empty, empty_scalar, empty_stats, extension, in_line, result_dtype
+from .backend import (
+    address,
+    choose,
+    elements,
+    empty,
+    empty_scalar,
+    empty_stats,
+    extension,
+    flat,
+    in_line,
+    result_dtype_on,
+    triton_kernels,
+)
 from .library import Op, present
 from .stats import LossStats
 
@@ -31,7 +43,7 @@ def regression_loss(
     Args:
         predictions: any shape, floating, e.g. (B, attributes); the gradient flows to it.
         targets: the same shape; `ignore_value` where there is none.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         `RegressionLoss(loss, stats)`; stats: mse, mae, count.
@@ -44,7 +56,8 @@ def regression_loss(
     checks.tensor("predictions", predictions)
     checks.like("targets", targets, "predictions", predictions)
     checks.number("ignore_value", ignore_value)
-    if choose("regression_loss", predictions, backend) == "reference":
+    backend = choose("regression_loss", predictions, backend)
+    if backend == "reference":
         loss = reference.regression_loss(predictions, targets.detach(), ignore_value=ignore_value)
         counted = targets != ignore_value
         error = torch.where(counted, predictions.detach().float() - targets.float(), torch.zeros((), device=targets.device))
@@ -52,17 +65,22 @@ def regression_loss(
         values = torch.stack([loss.detach().float(), error.abs().sum() / n.clamp(min=1), n.float()])
         return RegressionLoss(loss, LossStats(values, _REGRESSION_STATS))
     grad = torch.is_grad_enabled() and predictions.requires_grad
-    loss, stats, _ = _regression_loss(predictions, targets, float(ignore_value), grad)
+    loss, stats, _ = _regression_loss(predictions, targets, float(ignore_value), grad, backend)
     return RegressionLoss(loss, LossStats(stats.detach() if stats.requires_grad else stats, _REGRESSION_STATS))
 
 
 def _regression_forward(
-    predictions: Tensor, targets: Tensor, ignore_value: float, grad: bool
+    predictions: Tensor, targets: Tensor, ignore_value: float, grad: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    dtype = result_dtype(predictions, targets)
+    dtype = result_dtype_on("regression_loss", backend, predictions, targets)
+    loss, stats = empty_scalar(dtype, predictions), empty_stats(_REGRESSION_STATS, predictions)
+    d = empty(predictions.shape, dtype, predictions) if grad else None
+    if backend == "triton":
+        triton_kernels("preference_loss").regression_loss(
+            flat(predictions), flat(targets), ignore_value=ignore_value, loss=loss, grad=d, stats=stats
+        )
+        return loss, stats, d
     p, t = in_line(predictions), in_line(targets)
-    loss, stats = empty_scalar(dtype), empty_stats(_REGRESSION_STATS)
-    d = empty(predictions.shape, dtype) if grad else None
     extension().regression_loss(
         p.numel(), dtype == torch.float64, elements(p), elements(t), ignore_value, loss.data_ptr(), address(d), stats.data_ptr()
     )
@@ -70,7 +88,7 @@ def _regression_forward(
 
 
 def _regression_fake(
-    predictions: Tensor, targets: Tensor, ignore_value: float, grad: bool
+    predictions: Tensor, targets: Tensor, ignore_value: float, grad: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     dtype = torch.float64 if torch.float64 in (predictions.dtype, targets.dtype) else torch.float32
     d = predictions.new_empty(predictions.shape, dtype=dtype) if grad else None
@@ -84,12 +102,12 @@ def _regression_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 def _regression_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     (d,) = ctx.saved_tensors
-    return grad.new_zeros(ctx.shape, dtype=ctx.dtype) if d is None else (d * grad).to(ctx.dtype), None, None, None
+    return grad.new_zeros(ctx.shape, dtype=ctx.dtype) if d is None else (d * grad).to(ctx.dtype), *[None] * 4
 
 
 _regression_loss = Op(
     "regression_loss",
-    "(Tensor predictions, Tensor targets, float ignore_value, bool grad) -> (Tensor, Tensor, Tensor)",
+    "(Tensor predictions, Tensor targets, float ignore_value, bool grad, str backend) -> (Tensor, Tensor, Tensor)",
     _regression_forward,
     _regression_fake,
     _regression_setup,

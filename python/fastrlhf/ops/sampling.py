@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.sampling import reference
+from . import backend as backends
 from . import checks
-from .backend import FLOATS, address, choose, empty, extension, matrix, threads, with_rows
+from .backend import FLOATS, address, choose, empty, extension, matrix, threads, triton_kernels, with_rows
 from .library import Op
 
 _RANGES = (  # name, least, most, whether the least is excluded
@@ -56,14 +57,14 @@ def sample(
         seed: an integer, or int64 (...), one for each row.
         logprobs: whether to return log-probabilities: of the tokens, within the kept set, at the temperature.
         kept: whether to return the kept sets, in the form that `fastrlhf.logprobs` takes.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         `Sample(tokens, logprobs, kept)`.
 
     Raises:
         TypeError, ValueError: dtype, shape or device that do not fit, an option outside its range, a row without a
-        largest finite logit.
+        largest finite logit; on a GPU such a row gives token -1 and logprob NaN.
     """
     checks.logits("logits", logits)
     rows: list[Tensor | None] = [None] * 4
@@ -96,13 +97,14 @@ def sample(
         raise TypeError(f"seed: expected an integer or an int64 tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
-    if choose("sample", logits, backend) == "reference":
+    backend = choose("sample", logits, backend)
+    if backend == "reference":
         return _reference(logits, rows, scalars, seeds, seed, logprobs, kept)
-    tokens, lp, thresholds, counts = _sample(logits, *rows, seeds, scalars, seed, logprobs, kept)
+    tokens, lp, thresholds, counts = _sample(logits, *rows, seeds, scalars, seed, logprobs, kept, backend)
     if not kept:
         return Sample(tokens, lp if logprobs else None, None)
     indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Sample(tokens, lp if logprobs else None, (indptr, _kept_indices(logits, thresholds, indptr)))
+    return Sample(tokens, lp if logprobs else None, (indptr, _kept_indices(logits, thresholds, indptr, backend)))
 
 
 def _per_row(name: str, low: float, high: float, open_low: bool, value: Tensor, logits: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ def _per_row(name: str, low: float, high: float, open_low: bool, value: Tensor, 
     if value.shape != logits.shape[:-1]:
         raise ValueError(f"{name}: expected shape {tuple(logits.shape[:-1])}, one for each row, got {checks.shape_of(value)}")
     checks.same_device(name, value, "logits", logits)
-    if not torch.compiler.is_compiling():
+    if (value.is_cpu or backends.CHECK) and not torch.compiler.is_compiling():
         bad = ~((value > low if open_low else value >= low) & (value <= high) & (value < float("inf")))
         if bool(bad.any()):
             i = int(bad.reshape(-1).nonzero()[0, 0])
@@ -121,14 +123,21 @@ def _per_row(name: str, low: float, high: float, open_low: bool, value: Tensor, 
 def _forward(
     logits: Tensor, temperatures: Tensor | None, top_ks: Tensor | None, top_ps: Tensor | None, min_ps: Tensor | None,
     seeds: Tensor | None, scalars: list[float], seed: int, logprobs: bool, kept: bool,
+    backend: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     x, vocab = with_rows(logits), logits.shape[-1]
     rows, lead = logits.numel() // vocab, logits.shape[:-1]
-    tokens = empty(lead, torch.int64)
-    lp = empty(lead, torch.float32) if logprobs else None
-    thresholds = empty((rows,), torch.float32) if kept else None
-    counts = empty((rows,), torch.int64) if kept else None
+    tokens = empty(lead, torch.int64, x)
+    lp = empty(lead, torch.float32, x) if logprobs else None
+    thresholds = empty((rows,), torch.float32, x) if kept else None
+    counts = empty((rows,), torch.int64, x) if kept else None
     temperature, top_k, top_p, min_p = scalars
+    if backend == "triton":
+        triton_kernels("sampling").sample(
+            x, temperatures, top_ks, top_ps, min_ps, seeds, temperature=temperature, top_k=int(top_k), top_p=top_p, min_p=min_p,
+            seed=seed, tokens=tokens, logprobs=lp, thresholds=thresholds, counts=counts,
+        )  # fmt: skip
+        return tokens, lp, thresholds, counts
     extension().sample(
         matrix(x), rows, vocab, (temperature, int(top_k), top_p, min_p, seed),
         (address(temperatures), address(top_ks), address(top_ps), address(min_ps), address(seeds)),
@@ -138,7 +147,7 @@ def _forward(
 
 
 def _fake(logits: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    logprobs, kept = rest[-2:]
+    logprobs, kept = rest[-3:-1]
     lead, rows = logits.shape[:-1], logits.numel() // logits.shape[-1]
     return (
         logits.new_empty(lead, dtype=torch.int64),
@@ -151,15 +160,18 @@ def _fake(logits: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
 _sample = Op(
     "sample",
     "(Tensor logits, Tensor? temperatures, Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor? seeds, "
-    "float[] scalars, int seed, bool logprobs, bool kept) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float[] scalars, int seed, bool logprobs, bool kept, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
 )
 
 
-def _kept_implementation(logits: Tensor, thresholds: Tensor, indptr: Tensor) -> Tensor:
+def _kept_implementation(logits: Tensor, thresholds: Tensor, indptr: Tensor, backend: str) -> Tensor:
     x, vocab = with_rows(logits), logits.shape[-1]
-    indices = empty((int(indptr[-1]),), torch.int64)
+    indices = empty((int(indptr[-1]),), torch.int64, x)  # how many there are is read from the device
+    if backend == "triton":
+        triton_kernels("sampling").kept_indices(x, thresholds, indptr, indices)
+        return indices
     extension().kept_indices(
         matrix(x), logits.numel() // vocab, vocab, thresholds.data_ptr(), indptr.data_ptr(), indices.data_ptr(), threads()
     )
@@ -168,9 +180,9 @@ def _kept_implementation(logits: Tensor, thresholds: Tensor, indptr: Tensor) -> 
 
 _kept_indices = Op(
     "kept_indices",
-    "(Tensor logits, Tensor thresholds, Tensor indptr) -> Tensor",
+    "(Tensor logits, Tensor thresholds, Tensor indptr, str backend) -> Tensor",
     _kept_implementation,
-    lambda logits, thresholds, indptr: logits.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64),
+    lambda logits, thresholds, indptr, backend: logits.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64),
 )
 
 

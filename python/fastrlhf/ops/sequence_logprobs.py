@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..kernels.preference_loss import reference
-from . import checks
+from . import checks, value_checks
 from .backend import choose
 from .masked_stats import row_sums
 
@@ -24,7 +24,7 @@ def sequence_logprobs(
         logprobs: (B, T), packed (total) with `cu_seqlens`, or (T) as one sequence; the gradient flows to it.
         mask: the same shape, bool or weights; None counts all.
         cu_seqlens: (B + 1), int32 or int64.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "cuda", "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         (B), float32 (float64 for float64 logprobs), in nats.
@@ -36,12 +36,13 @@ def sequence_logprobs(
     cu = checks.token_matrix("logprobs", logprobs, cu_seqlens)
     if mask is not None:
         checks.like("mask", mask, "logprobs", logprobs, checks.MASKS)
-    if choose("sequence_logprobs", logprobs, backend) == "reference":
-        checks.pack(cu, logprobs)
+    backend = choose("sequence_logprobs", logprobs, backend)
+    if backend == "reference":
+        value_checks.pack(cu, logprobs)
         row = logprobs.dim() == 1 and cu is None
         return reference.sequence_logprobs(
             logprobs.unsqueeze(0) if row else logprobs, mask.unsqueeze(0) if row and mask is not None else mask,
             cu_seqlens=cu, average=average,
         )  # fmt: skip
-    out: Tensor = row_sums(logprobs, mask, average, cu)[0]
+    out: Tensor = row_sums(logprobs, mask, average, cu, backend=backend)[0]
     return out.unsqueeze(0) if out.dim() == 0 else out

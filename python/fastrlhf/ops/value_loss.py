@@ -10,10 +10,26 @@ from torch import Tensor
 
 from ..kernels.policy_loss.reference import REDUCTIONS
 from ..kernels.value_loss import reference
-from . import checks
-from .backend import address, choose, empty_as, empty_scalar, empty_stats, extension, result_dtype, row_shape, threads, tokens
+from . import checks, value_checks
+from .backend import (
+    address,
+    choose,
+    counter,
+    cuda_extension,
+    empty_as,
+    empty_scalar,
+    empty_stats,
+    extension,
+    raw_stream,
+    result_dtype_on,
+    row_shape,
+    threads,
+    tokens,
+    triton_kernels,
+    workspace,
+)
 from .library import Op, present
-from .policy_loss import global_denominator, read_denominator
+from .reduction import device_denominator, global_denominator, loss_gradient, read_denominator
 from .stats import LossStats
 
 
@@ -68,8 +84,9 @@ def value_loss(
     checks.positive_or_none("clip", clip)
     code = checks.one_of("reduction", reduction, REDUCTIONS)
     denominator = global_denominator(denominator, values, mask, cu, reduction, group)
-    if choose("value_loss", values, backend) == "reference":
-        checks.pack(cu, values)
+    backend = choose("value_loss", values, backend)
+    if backend == "reference":
+        value_checks.pack(cu, values)
 
         def row(t: Tensor | None) -> Any:
             return t.unsqueeze(0) if t is not None and t.dim() == 1 and cu is None else t
@@ -82,49 +99,66 @@ def value_loss(
         return ValueLoss(loss, LossStats(stats, reference.STATS))
     given = denominator if isinstance(denominator, Tensor) else None
     number = math.nan if denominator is None or given is not None else float(denominator)
-    loss, stats, _ = _value_loss(
+    loss, stats, *_ = _value_loss(
         values, old_values, returns, mask, cu, given, clip or math.inf, code, number,
-        torch.is_grad_enabled() and values.requires_grad,
+        torch.is_grad_enabled() and values.requires_grad, backend,
     )  # fmt: skip
     return ValueLoss(loss, LossStats(stats.detach() if stats.requires_grad else stats, reference.STATS))
 
 
 def _forward(
     values: Tensor, old_values: Tensor | None, returns: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
-    given: Tensor | None, clip: float, reduction: int, denominator: float, grad: bool,
+    given: Tensor | None, clip: float, reduction: int, denominator: float, grad: bool, backend: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    dtype = result_dtype(values, returns)
-    loss, stats = empty_scalar(dtype), empty_stats(reference.STATS)
+    dtype = result_dtype_on("value_loss", backend, values, returns)
+    loss, stats = empty_scalar(dtype, values), empty_stats(reference.STATS, values)
     d_values = empty_as(values, dtype) if grad else None
-    extension().value_loss(
-        row_shape(values, cu_seqlens), dtype == torch.float64, tokens(values), tokens(old_values), tokens(returns),
-        tokens(mask), clip, reduction, denominator if given is None else read_denominator(given), address(d_values),
-        loss.data_ptr(),
-        stats.data_ptr(), threads(),
+    if backend != "cpu" and value_checks.wanted(backend):
+        value_checks.pack(cu_seqlens, values)
+    if backend == "triton":
+        share = empty_scalar(torch.float32, values)
+        triton_kernels("value_loss").value_loss(
+            values, old_values, returns, mask, cu_seqlens, device_denominator(denominator, given), clip=clip,
+            reduction=reduction, grad_values=d_values, loss=loss, stats=stats, share=share, counter=counter(values),
+        )  # fmt: skip
+        return loss, stats, d_values, share
+    shape, arrays = row_shape(values, cu_seqlens), (tokens(values), tokens(old_values), tokens(returns), tokens(mask))
+    if backend == "cpu":
+        extension().value_loss(
+            shape, dtype == torch.float64, *arrays, clip, reduction,
+            denominator if given is None else read_denominator(given), address(d_values), loss.data_ptr(), stats.data_ptr(),
+            threads(),
+        )  # fmt: skip
+        return loss, stats, d_values, None
+    share, over, work = empty_scalar(torch.float32, values), device_denominator(math.nan, given), workspace(shape, values)
+    cuda_extension().value_loss(
+        shape, *arrays, clip, reduction, denominator, address(d_values), loss.data_ptr(), stats.data_ptr(), share.data_ptr(),
+        address(over), work.data_ptr(), work.numel(), counter(values).data_ptr(), raw_stream(values),
     )  # fmt: skip
-    return loss, stats, d_values
+    return loss, stats, d_values, share
 
 
 def _fake(values: Tensor, old: Any, returns: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     dtype = torch.float64 if torch.float64 in (values.dtype, returns.dtype) else torch.float32
-    grad = values.new_empty(values.shape, dtype=dtype) if rest[-1] else None
-    return values.new_empty((), dtype=dtype), values.new_empty(len(reference.STATS), dtype=torch.float32), grad
+    grad = values.new_empty(values.shape, dtype=dtype) if rest[-2] else None
+    share = None if rest[-1] == "cpu" else values.new_empty((), dtype=torch.float32)
+    return values.new_empty((), dtype=dtype), values.new_empty(len(reference.STATS), dtype=torch.float32), grad, share
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-    ctx.save_for_backward(present(output[2]))
-    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(present(output[2]), present(output[3]))
+    ctx.dtype, ctx.backend = inputs[0].dtype, inputs[-1]
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    (d_values,) = ctx.saved_tensors
-    return None if d_values is None else (d_values * grad).to(ctx.dtype), *[None] * 9
+    d_values, share = ctx.saved_tensors
+    return loss_gradient(d_values, grad, share, ctx.dtype, ctx.backend), *[None] * 10
 
 
 _value_loss = Op(
     "value_loss",
     "(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask, Tensor? cu_seqlens, Tensor? given, float clip, "
-    "int reduction, float denominator, bool grad) -> (Tensor, Tensor, Tensor)",
+    "int reduction, float denominator, bool grad, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     _setup,
