@@ -51,12 +51,12 @@ def largest_of(partials, k, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def nonzero_of(partials, k, WIDTH: tl.constexpr):
-    """In how many columns one entry is not 0, as a double."""
-    count = tl.zeros([WIDTH], tl.int32)
+def sum_of(partials, k, WIDTH: tl.constexpr):
+    """The sum of one entry over the columns, in double."""
+    total = tl.zeros([WIDTH], tl.float64)
     for first in range(0, tl.num_programs(0), WIDTH):
-        count += (get(partials, k, first + tl.arange(0, WIDTH)) != 0).to(tl.int32)
-    return tl.sum(count, 0).to(tl.float64)
+        total += get(partials, k, first + tl.arange(0, WIDTH)).to(tl.float64)
+    return tl.sum(total, 0)
 
 
 @triton.jit

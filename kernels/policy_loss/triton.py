@@ -10,7 +10,7 @@ import triton.language as tl
 from ..common.launch import launch
 from ..common.tiles import tile
 from ..common.triton_kl import accurate_exp, bounded, expm1_minus_x, kl_clamped
-from ..common.triton_reduction import global_share, is_last, largest_of, nonzero_of, pick, put, row_factor, total_of
+from ..common.triton_reduction import global_share, is_last, largest_of, pick, put, row_factor, sum_of, total_of
 from ..common.triton_tokens import (
     fold,
     fold_max,
@@ -25,8 +25,8 @@ from ..common.triton_tokens import (
 )
 
 STATS = 15
-PROGRAMS = 1024  # that share all tiles: a few waves, and few columns for the last one to add up
-SUMS = 1 + STATS  # a program's column: the loss, then an entry for each statistic
+PROGRAMS = 1024  # that share all tiles or rows: a few waves, and few columns for the last one to add up
+SUMS = 2 + STATS  # a program's column: the loss, an entry for each statistic, the sequences with a token that counts
 
 
 @triton.jit
@@ -164,18 +164,19 @@ def _together(x, y):
 
 @triton.jit
 def _finish(
-    column, partials, denominator, cu_seqlens, rows, length, mismatched: tl.constexpr, loss, stats, share, counter,
+    column, sequences, partials, denominator, cu_seqlens, rows, length, mismatched: tl.constexpr, loss, stats, share, counter,
     REDUCTION: tl.constexpr, POINTER: tl.constexpr,
 ):  # fmt: skip
     """The last program's columns added up: the loss, its statistics, and the divisor for the gradients."""
     for i in tl.static_range(16):
         put(partials, i, tl.max(column[i], 0) if i == 5 or i == 6 or i == 13 else tl.sum(column[i], 0))
+    put(partials, 16, sequences)
     if is_last(counter):
         k = tl.arange(0, 16)
-        total = total_of(partials, 16, 64)
+        total = total_of(partials, 16, 128)
         tokens = pick(total, k, 11)
-        sequences = nonzero_of(partials, 11, 1024) if REDUCTION >= 2 else tokens  # where they matter, each has a column
-        over = global_share(tokens, sequences, denominator, cu_seqlens, rows, length, REDUCTION, POINTER)
+        row_count = sum_of(partials, 16, 1024)
+        over = global_share(tokens, row_count, denominator, cu_seqlens, rows, length, REDUCTION, POINTER)
         some = tokens != 0
         tl.store(share, over.to(tl.float32))
         tl.store(loss, tl.where(some, pick(total, k, 0) * over, 0.0).to(tl.float32))
@@ -214,7 +215,7 @@ def token_kernel(
         )  # fmt: skip
         column = _together(column, tile_sums)
     _finish(
-        column, partials, denominator, cu_seqlens, rows, length, rollout_logprobs is not None, loss, stats, share, counter,
+        column, 0.0, partials, denominator, cu_seqlens, rows, length, rollout_logprobs is not None, loss, stats, share, counter,
         REDUCTION, POINTER,
     )  # fmt: skip
 
@@ -309,30 +310,33 @@ def row_kernel(
     KIND: tl.constexpr, CORRECTION: tl.constexpr, LEVEL: tl.constexpr, KL_KIND: tl.constexpr, REDUCTION: tl.constexpr,
     POINTER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What depends on a token's sequence: one row a program, its sums first; the second read comes from the cache."""
-    row = tl.program_id(0).to(tl.int64)
+    """What depends on a token's sequence: whole rows, dealt out in turn; the second read of a row comes from the cache."""
     length = known_multiple(length, ALIGNED)
-    start, size = row_bounds(row, cu_seqlens, length)
     lane = lanes(BLOCK)
-    tensors = (logprobs, old_logprobs, advantages, mask, rollout_logprobs, ref_logprobs, entropy)
-    tensor_strides = (s0, c0, s1, c1, s2, c2, s3, c3, s4, c4, s5, c5, s6, c6)
-    numbers = (clip_low, clip_high, floor, ceiling, dual_clip, delta, tau_pos, tau_neg)
-    bounds = (ratio_clamp, correction_low, correction_high)
-    sums = _row_sums(
-        (logprobs, old_logprobs, advantages, mask, rollout_logprobs), tensor_strides, row, start, size,
-        (correction_low, correction_high), clip_low, clip_high, KIND, CORRECTION, LEVEL, BLOCK,
-    )  # fmt: skip
-    plan = _close_row(sums, (floor, ceiling, dual_clip, delta), bounds, KIND, CORRECTION, LEVEL, REDUCTION)
     column = _nothing(BLOCK // 4)
-    for first in range(0, size, BLOCK):
-        tile_sums = _tile_loss(
-            tensors, tensor_strides, row, start + first, row * length + start + first, lane, lane < size - first,
-            plan, numbers, bounds, (kl_coef, entropy_coef), grad_logprobs, grad_entropy, KIND, CORRECTION, LEVEL, KL_KIND,
+    sequences = tl.full([], 0.0, tl.float32)
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(i, tl.int64)
+        start, size = row_bounds(row, cu_seqlens, length)
+        tensors = (logprobs, old_logprobs, advantages, mask, rollout_logprobs, ref_logprobs, entropy)
+        tensor_strides = (s0, c0, s1, c1, s2, c2, s3, c3, s4, c4, s5, c5, s6, c6)
+        numbers = (clip_low, clip_high, floor, ceiling, dual_clip, delta, tau_pos, tau_neg)
+        bounds = (ratio_clamp, correction_low, correction_high)
+        sums = _row_sums(
+            (logprobs, old_logprobs, advantages, mask, rollout_logprobs), tensor_strides, row, start, size,
+            (correction_low, correction_high), clip_low, clip_high, KIND, CORRECTION, LEVEL, BLOCK,
         )  # fmt: skip
-        column = _together(column, tile_sums)
+        sequences += (sums[0] != 0).to(tl.float32)
+        plan = _close_row(sums, (floor, ceiling, dual_clip, delta), bounds, KIND, CORRECTION, LEVEL, REDUCTION)
+        for first in range(0, size, BLOCK):
+            tile_sums = _tile_loss(
+                tensors, tensor_strides, row, start + first, row * length + start + first, lane, lane < size - first,
+                plan, numbers, bounds, (kl_coef, entropy_coef), grad_logprobs, grad_entropy, KIND, CORRECTION, LEVEL, KL_KIND,
+            )  # fmt: skip
+            column = _together(column, tile_sums)
     _finish(
-        column, partials, denominator, cu_seqlens, rows, length, rollout_logprobs is not None, loss, stats, share, counter,
-        REDUCTION, POINTER,
+        column, sequences, partials, denominator, cu_seqlens, rows, length, rollout_logprobs is not None, loss, stats,
+        share, counter, REDUCTION, POINTER,
     )  # fmt: skip
 
 
@@ -367,7 +371,7 @@ def policy_loss(
     else:
         rows, length = row_shape(logprobs, None if tokenwise else cu_seqlens)
     choice = tile("policy_loss.tokens" if tokenwise else "policy_loss.rows", logprobs, length)
-    programs = min(max(rows * triton.cdiv(length, choice["BLOCK"]), 1), PROGRAMS) if tokenwise else rows
+    programs = min(max(rows * triton.cdiv(length, choice["BLOCK"]), 1), PROGRAMS) if tokenwise else min(rows, PROGRAMS)
     launch(
         token_kernel if tokenwise else row_kernel, (programs,),
         logprobs, old_logprobs, advantages, plain(mask), rollout_logprobs, ref_logprobs, entropy,

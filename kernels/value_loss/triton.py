@@ -10,10 +10,11 @@ from ..common.launch import launch
 from ..common.tiles import tile
 from ..common.triton_kl import bounded
 from ..common.triton_moments import column_moments, merged, tile_moments
-from ..common.triton_reduction import global_share, is_last, nonzero_of, pick, put, row_factor
+from ..common.triton_reduction import global_share, is_last, pick, put, row_factor, sum_of
 from ..common.triton_tokens import known_multiple, lanes, load_mask, load_tokens, plain, row_bounds, row_shape, strides
 
-ENTRIES = 8  # loss, clipped, tokens, mean and M2 of the residual, mean and M2 of the returns, mean of the values
+# loss, clipped, tokens, mean and M2 of the residual, mean and M2 of the returns, mean of the values, sequences
+ENTRIES = 9
 PROGRAMS = 1024
 
 
@@ -57,18 +58,19 @@ def _tile_loss(
 
 @triton.jit
 def _finish(
-    total, partials, denominator, cu_seqlens, rows, length, loss, stats, share, counter,
+    total, sequences, partials, denominator, cu_seqlens, rows, length, loss, stats, share, counter,
     REDUCTION: tl.constexpr, POINTER: tl.constexpr,
 ):  # fmt: skip
     """The last program's columns as one: the loss, its statistics, and the divisor for the gradients."""
     for i in tl.static_range(8):
         put(partials, i, total[i])
+    put(partials, 8, sequences)
     if is_last(counter):
         k = tl.arange(0, 8)
         sums, means, squares = column_moments(partials, 2, 8, 128)
         tokens = pick(sums, k, 2)
-        sequences = nonzero_of(partials, 2, 1024) if REDUCTION >= 2 else tokens
-        over = global_share(tokens, sequences, denominator, cu_seqlens, rows, length, REDUCTION, POINTER)
+        row_count = sum_of(partials, 8, 1024)
+        over = global_share(tokens, row_count, denominator, cu_seqlens, rows, length, REDUCTION, POINTER)
         some = tokens != 0
         n = tl.where(some, tokens, 1.0)
         residual_m2, return_m2 = pick(sums, k, 4) + pick(squares, k, 3), pick(sums, k, 6) + pick(squares, k, 5)
@@ -106,7 +108,7 @@ def token_kernel(
             values, old_values, returns, mask, (s0, c0, s1, c1, s2, c2, s3, c3), row, first, row * length + first, lane,
             lane < length - first, 1.0, clip, grad_values, total,
         )  # fmt: skip
-    _finish(total, partials, denominator, cu_seqlens, rows, length, loss, stats, share, counter, REDUCTION, POINTER)
+    _finish(total, 0.0, partials, denominator, cu_seqlens, rows, length, loss, stats, share, counter, REDUCTION, POINTER)
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
@@ -115,22 +117,25 @@ def row_kernel(
     rows, length, s0, c0, s1, c1, s2, c2, s3, c3, clip,
     REDUCTION: tl.constexpr, POINTER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Means over sequences: one row a program, its tokens counted first."""
-    row = tl.program_id(0).to(tl.int64)
+    """Means over sequences: whole rows, dealt out in turn, its tokens counted first."""
     length = known_multiple(length, ALIGNED)
-    start, size = row_bounds(row, cu_seqlens, length)
     lane = lanes(BLOCK)
-    tokens = tl.full([], 0.0, tl.float64)
-    for first in range(0, size, BLOCK):
-        tokens += tl.sum(load_mask(mask, row, start + first, s3, c3, lane, lane < size - first), 0).to(tl.float64)
-    factor = row_factor(tokens, REDUCTION).to(tl.float32)
     total = _nothing()
-    for first in range(0, size, BLOCK):
-        total = _tile_loss(
-            values, old_values, returns, mask, (s0, c0, s1, c1, s2, c2, s3, c3), row, start + first,
-            row * length + start + first, lane, lane < size - first, factor, clip, grad_values, total,
-        )  # fmt: skip
-    _finish(total, partials, denominator, cu_seqlens, rows, length, loss, stats, share, counter, REDUCTION, POINTER)
+    sequences = tl.full([], 0.0, tl.float64)
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(i, tl.int64)
+        start, size = row_bounds(row, cu_seqlens, length)
+        tokens = tl.full([], 0.0, tl.float64)
+        for first in range(0, size, BLOCK):
+            tokens += tl.sum(load_mask(mask, row, start + first, s3, c3, lane, lane < size - first), 0).to(tl.float64)
+        sequences += (tokens != 0).to(tl.float64)
+        factor = row_factor(tokens, REDUCTION).to(tl.float32)
+        for first in range(0, size, BLOCK):
+            total = _tile_loss(
+                values, old_values, returns, mask, (s0, c0, s1, c1, s2, c2, s3, c3), row, start + first,
+                row * length + start + first, lane, lane < size - first, factor, clip, grad_values, total,
+            )  # fmt: skip
+    _finish(total, sequences, partials, denominator, cu_seqlens, rows, length, loss, stats, share, counter, REDUCTION, POINTER)
 
 
 def value_loss(
@@ -156,7 +161,7 @@ def value_loss(
     else:
         rows, length = row_shape(values, None if tokenwise else cu_seqlens)
     choice = tile("value_loss.tokens" if tokenwise else "value_loss.rows", values, length)
-    programs = min(max(rows * triton.cdiv(length, choice["BLOCK"]), 1), PROGRAMS) if tokenwise else rows
+    programs = min(max(rows * triton.cdiv(length, choice["BLOCK"]), 1), PROGRAMS) if tokenwise else min(rows, PROGRAMS)
     launch(
         token_kernel if tokenwise else row_kernel, (programs,),
         values, old_values, returns, plain(mask), None if tokenwise else cu_seqlens, denominator, grad_values, loss, stats,
