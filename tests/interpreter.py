@@ -1,0 +1,34 @@
+"""What Triton 3.6's interpreter does otherwise than a GPU, put right for the tests: it truncates float32 to bfloat16, and
+under numpy 2.4 it takes no loop bound from a tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _cast(self: Any, source: Any, target_type: Any) -> Any:
+    source_type, target_type = source.dtype.scalar, target_type.scalar
+    data = source.data
+    if source_type == tl.bfloat16 and target_type != tl.bfloat16:
+        data = (data.astype(np.uint32) << 16).view(np.float32)
+    if target_type == tl.bfloat16 and source_type != tl.bfloat16:
+        single = data.astype(np.float32)
+        bits = single.view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        data = np.where(np.isnan(single), 0x7FC0, rounded)
+    return interpreter.TensorHandle(data.astype(interpreter._get_np_dtype(target_type)), target_type)
+
+
+def repair() -> None:
+    interpreter.InterpreterBuilder.cast_impl = _cast
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
