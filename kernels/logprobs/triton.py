@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common.launch import launch
 from ..common.tiles import tile
-from ..common.triton_rows import row_start, rows_of, tile_columns, vector_width
+from ..common.triton_rows import load_tile, row_start, row_tile, rows_of, store_tile, store_zeros, tile_columns
 from ..common.triton_softmax import FLOOR, LN2, LOG2E, accumulate, add_one, anchor, log_of_sum, merge_lanes
 
 _STEPS = 8  # tiles of a row that one program of the backward writes
@@ -46,19 +46,18 @@ def _scale(temperatures, row, scale):
 @triton.jit
 def _tile(logits, columns, vocab, softcap, CAPPED: tl.constexpr, TAIL: tl.constexpr):
     """A tile of a row as float32, soft-capped; -inf past its end."""
-    if TAIL:
-        inside = columns < vocab
-        x = tl.load(logits + columns, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-        return tl.where(inside, _soft_capped(x, softcap, CAPPED), float("-inf"))
-    x = tl.load(logits + columns, eviction_policy="evict_first").to(tl.float32)
-    return _soft_capped(x, softcap, CAPPED)
+    x = _soft_capped(load_tile(logits, columns, vocab, TAIL), softcap, CAPPED)
+    if CAPPED and TAIL:
+        x = tl.where(columns < vocab, x, float("-inf"))
+    return x
 
 
 @triton.jit
 def _kept_tile(kept, columns, vocab, TAIL: tl.constexpr):
     if TAIL:
         return tl.load(kept + columns, mask=columns < vocab, other=0) != 0
-    return tl.load(kept + columns) != 0
+    else:
+        return tl.load(kept + columns) != 0
 
 
 @triton.jit
@@ -295,7 +294,7 @@ def _coefficients(max, log_sum, entropy, row, total, g_entropy, g_lse, scale, WE
 def _softmax_part(x, m, c, constant, slope, WEIGHTED: tl.constexpr):
     u = (x - m) * c
     if WEIGHTED:
-        return tl.exp2(u) * (constant + slope * tl.maximum(u, FLOOR))
+        constant += slope * tl.maximum(u, FLOOR)
     return tl.exp2(u) * constant
 
 
@@ -329,23 +328,7 @@ def _gradient_tile(
             if (label != ignore_index) & (column >= 0) & (column < BLOCK):
                 g = tl.load(grad_logprobs + row.to(tl.int64) * labels_per_row + k) * scale
                 gradient += tl.where(columns == column, g, 0.0)
-    gradient = _chain(gradient, x, softcap, CAPPED).to(grad.dtype.element_ty)
-    if TAIL:
-        tl.store(grad + begin + columns, gradient, mask=begin + columns < vocab)
-    else:
-        tl.store(grad + begin + columns, gradient)
-
-
-@triton.jit
-def _zero(grad, begin, end, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Columns [begin, end) of a row; `begin` is a multiple of BLOCK."""
-    columns = tile_columns(BLOCK, LANES, VECTOR)
-    nothing = (columns * 0).to(grad.dtype.element_ty)
-    full = end // BLOCK * BLOCK
-    for at in range(begin, full, BLOCK):
-        tl.store(grad + at + columns, nothing)
-    if full < end:
-        tl.store(grad + full + columns, nothing, mask=full + columns < end)
+    store_tile(grad, begin + columns, _chain(gradient, x, softcap, CAPPED), vocab, TAIL)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -363,7 +346,7 @@ def _backward(
     grad += row_start(row, inner, grad_outer_stride, grad_inner_stride, VECTOR)
     total, g_entropy, g_lse, any = _upstream(labels, grad_logprobs, grad_entropy, grad_lse, row, labels_per_row, ignore_index)
     if (any == 0) | (_counted(labels, row, labels_per_row, ignore_index) == 0):
-        _zero(grad, begin, end, BLOCK, LANES, VECTOR)
+        store_zeros(grad, begin, end, BLOCK, LANES, VECTOR)
     else:
         logits += row_start(row, inner, outer_stride, inner_stride, VECTOR)
         kept_row = tl.multiple_of(row.to(tl.int64) * vocab, VECTOR)
@@ -394,7 +377,7 @@ def _backward_listed(
     """A row a program: zeros, then the columns that a CSR kept set names, then the labels."""
     row = tl.program_id(0)
     grad += row_start(row, inner, grad_outer_stride, grad_inner_stride, VECTOR)
-    _zero(grad, 0, vocab, BLOCK, LANES, VECTOR)
+    store_zeros(grad, 0, vocab, BLOCK, LANES, VECTOR)
     total, g_entropy, g_lse, any = _upstream(labels, grad_logprobs, grad_entropy, grad_lse, row, labels_per_row, ignore_index)
     if (any != 0) & (_counted(labels, row, labels_per_row, ignore_index) != 0):
         tl.debug_barrier()
@@ -435,13 +418,11 @@ def forward(
     rows = logits.numel() // vocab
     if rows == 0:
         return
-    chosen = tile("logprobs.forward", logits, vocab)
     mask = None if kept_mask is None else kept_mask.view(torch.uint8)
     launch(
         _forward, (rows,), logits, labels, temperatures, mask, kept_indptr, kept_indices, logprobs, entropy, lse, max, log_sum,
         partials, *rows_of(logits), vocab, labels.numel() // rows, 1 / temperature, softcap, ignore_index, vocab_start,
-        WEIGHTED=entropy is not None or partials is not None, CAPPED=softcap != 0, LANES=32 * chosen["num_warps"],
-        VECTOR=vector_width(logits), **chosen,
+        WEIGHTED=entropy is not None or partials is not None, CAPPED=softcap != 0, **row_tile("logprobs.forward", logits),
     )  # fmt: skip
 
 
@@ -469,9 +450,7 @@ def backward(
     rows = logits.numel() // vocab
     if rows == 0:
         return
-    chosen = tile("logprobs.backward", logits, vocab)
-    chosen |= {"LANES": 32 * chosen["num_warps"], "VECTOR": vector_width(logits, grad)}
-    chosen |= {"WEIGHTED": grad_entropy is not None, "CAPPED": softcap != 0}
+    chosen = row_tile("logprobs.backward", logits, grad) | {"WEIGHTED": grad_entropy is not None, "CAPPED": softcap != 0}
     upstream = (max, log_sum, entropy, grad_logprobs, grad_entropy, grad_lse)
     strides = (*rows_of(logits), *rows_of(grad)[1:])
     options = (1 / temperature, softcap, ignore_index, vocab_start)
