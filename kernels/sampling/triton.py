@@ -1,5 +1,6 @@
 """`sample` in Triton, a row a program. Without a cut: one read, which keeps every tile's weight, then the tile that holds
-the token. With cuts: thresholds by radix descent, two bits of the key a pass, neither sort nor histogram."""
+the token. With cuts: thresholds by radix descent, two bits of the key a pass, neither sort nor histogram; where a few
+thousand of the highest logits are sure to hold all that is kept, they are set aside first and the row is not read again."""
 
 from __future__ import annotations
 
@@ -139,6 +140,67 @@ def _search(
 
 
 @triton.jit
+def _reach(e, u, depth):
+    """How many elements lie within `depth` (a power of two, in logarithms) of the maximum, and their weight."""
+    near = u >= -depth
+    return tl.sum(tl.sum(near.to(tl.int32), 2), 1), tl.sum(tl.sum(tl.where(near, e, 0.0), 2), 1)
+
+
+@triton.jit
+def _depth(row, n, top_k, mass, m, c, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """The least of a few depths below the maximum that holds top_k elements (if > 0, else that weighs `mass`), and how many
+    it holds; n of them where none does."""
+    columns = tile_columns(BLOCK, LANES, VECTOR)
+    none = tl.zeros((LANES,), tl.int32)
+    n1, n2, n3, n4, n5 = none, none, none, none, none
+    nothing = tl.zeros((LANES,), tl.float32)
+    w1, w2, w3, w4, w5 = nothing, nothing, nothing, nothing, nothing
+    for begin in range(0, n, BLOCK):
+        u = (_any_tile(row, begin, columns, n, BLOCK) - m) * c
+        e = tl.exp2(u)
+        more, weight = _reach(e, u, 3.0)
+        n1, w1 = n1 + more, w1 + weight
+        more, weight = _reach(e, u, 6.0)
+        n2, w2 = n2 + more, w2 + weight
+        more, weight = _reach(e, u, 12.0)
+        n3, w3 = n3 + more, w3 + weight
+        more, weight = _reach(e, u, 24.0)
+        n4, w4 = n4 + more, w4 + weight
+        more, weight = _reach(e, u, 64.0)
+        n5, w5 = n5 + more, w5 + weight
+    depth = 0.0
+    count = n
+    depth, count = _if_enough(depth, count, 64.0, n5, w5, top_k, mass)
+    depth, count = _if_enough(depth, count, 24.0, n4, w4, top_k, mass)
+    depth, count = _if_enough(depth, count, 12.0, n3, w3, top_k, mass)
+    depth, count = _if_enough(depth, count, 6.0, n2, w2, top_k, mass)
+    return _if_enough(depth, count, 3.0, n1, w1, top_k, mass)
+
+
+@triton.jit
+def _if_enough(depth, count, other_depth, n, w, top_k, mass):
+    held = tl.sum(n, 0)
+    enough = tl.where(top_k > 0, held >= top_k, tl.sum(w.to(tl.float64), 0) >= mass)
+    return tl.where(enough, other_depth, depth), tl.where(enough, held, count)
+
+
+@triton.jit
+def _set_aside(row, n, depth, m, c, values, columns, STEP: tl.constexpr):
+    """The elements within `depth` of the maximum, in order, and where they were."""
+    for begin in range(0, n, STEP):
+        at = begin + tl.arange(0, STEP)
+        x = load_tile(row, at, n, True)
+        near = ((x - m) * c >= -depth) & (at < n)
+        count = tl.sum(near.to(tl.int32), 0)
+        if count > 0:
+            place = tl.cumsum(near.to(tl.int32), 0) - 1
+            tl.store(values + place, x.to(values.dtype.element_ty), mask=near)
+            tl.store(columns + place, at, mask=near)
+            values += count
+            columns += count
+
+
+@triton.jit
 def _passing_tile(sums, goal, TILES: tl.constexpr):
     """The first tile whose cumulative weight passes `goal`, else the last of any weight, and the weight before it."""
     numbers = tl.arange(0, TILES)
@@ -174,7 +236,7 @@ def _threshold(
 ):  # fmt: skip
     """What the cuts leave is at or above it."""
     threshold = tl.full((), float("-inf"), tl.float32)
-    if (top_k > 0) & (top_k < n):
+    if top_k > 0:
         threshold = _search(row, n, top_k.to(tl.float64), m, c, False, LOW_BITS, BLOCK, LANES, VECTOR)
         if top_p < 1:
             sums, _ = _weigh(row, n, threshold, m, c, TILES, BLOCK, LANES, VECTOR)
@@ -192,11 +254,12 @@ def _threshold(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _sample(
-    logits, temperatures, top_ks, top_ps, min_ps, seeds, tokens, logprobs, thresholds, counts,
+    logits, temperatures, top_ks, top_ps, min_ps, seeds, tokens, logprobs, thresholds, counts, values, columns,
     inner, outer_stride, inner_stride, vocab, temperature, top_k, top_p, min_p, seed,
     CUT: tl.constexpr, TILES: tl.constexpr, LOW_BITS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
+    """`values` and `columns` (rows, BLOCK) are work space of the cuts."""
     number = tl.program_id(0)
     row = logits + row_start(number, inner, outer_stride, inner_stride, VECTOR)
     temperature = _setting(temperatures, number, temperature)
@@ -210,27 +273,42 @@ def _sample(
     threshold = m
     count = tl.full((), 0, tl.int32)
     if (total == total) & (tl.abs(m) < float("inf")):
+        size = tl.full((), vocab, tl.int32)
+        aside = size < 0
         if not greedy:
             threshold = tl.full((), float("-inf"), tl.float32)
             if CUT:
                 kept = tl.full((), top_k, tl.int64)
                 if top_ks is not None:
                     kept = tl.load(top_ks + number)
+                kept = tl.where(kept < vocab, kept, 0)
+                nucleus = _setting(top_ps, number, top_p)
+                if (kept > 0) | (nucleus < 1):
+                    mass = nucleus * total * 1.00001  # not a matter of rounding whether the depth holds the nucleus
+                    depth, count = _depth(row, vocab, kept, mass, m, c, BLOCK, LANES, VECTOR)
+                    aside = (depth > 0) & (count <= BLOCK)
+                    if aside:
+                        place = number.to(tl.int64) * BLOCK
+                        _set_aside(row, vocab, depth, m, c, values + place, columns + place, 8 * LANES)
+                        tl.debug_barrier()
+                        row = values + place
+                        size = count
                 threshold = _threshold(
-                    row, vocab, kept, _setting(top_ps, number, top_p), _setting(min_ps, number, min_p), temperature, m, c, total,
+                    row, size, kept, nucleus, _setting(min_ps, number, min_p), temperature, m, c, total,
                     TILES, LOW_BITS, BLOCK, LANES, VECTOR,
                 )  # fmt: skip
         if CUT or counts is not None:
-            sums, count = _weigh(row, vocab, threshold, m, c, TILES, BLOCK, LANES, VECTOR)
+            sums, count = _weigh(row, size, threshold, m, c, TILES, BLOCK, LANES, VECTOR)
             total = tl.sum(sums, 0)
         if seeds is not None:
             uniform = _uniform(tl.load(seeds + number), number * 0)
         else:
             uniform = _uniform(tl.full((), seed, tl.int64), number)
-        chosen, x = _choose(
-            row, vocab, best, sums, tl.where(greedy, -1.0, uniform * total), threshold, m, c, TILES, BLOCK, LANES
-        )  # fmt: skip
+        goal = tl.where(greedy, -1.0, uniform * total)
+        chosen, x = _choose(row, size, best, sums, goal, threshold, m, c, TILES, BLOCK, LANES)
         token = chosen.to(tl.int64)
+        if CUT:
+            token = tl.load(columns + number.to(tl.int64) * BLOCK + chosen, mask=aside, other=chosen).to(tl.int64)
         logprob = tl.where(greedy, 0.0, (x.to(tl.float64) - m) * scale - tl.log(total))
     tl.store(tokens + number, token)
     if logprobs is not None:
@@ -272,8 +350,12 @@ def sample(
     vocab = logits.shape[-1]
     chosen = row_tile("sampling.sample", logits)
     cut = top_ks is not None or top_ps is not None or min_ps is not None or 0 < top_k < vocab or top_p < 1 or min_p > 0
+    rows, space = tokens.numel(), [None, None]
+    if cut:
+        shape = (rows, chosen["BLOCK"])
+        space = [torch.empty(shape, dtype=d, device=logits.device) for d in (logits.dtype, torch.int32)]
     launch(
-        _sample, (tokens.numel(),), logits, temperatures, top_ks, top_ps, min_ps, seeds, tokens, logprobs, thresholds, counts,
+        _sample, (rows,), logits, temperatures, top_ks, top_ps, min_ps, seeds, tokens, logprobs, thresholds, counts, *space,
         *rows_of(logits), vocab, _bits(temperature), top_k, _bits(top_p), _bits(min_p), seed, CUT=cut,
         TILES=triton.next_power_of_2(triton.cdiv(vocab, chosen["BLOCK"])), LOW_BITS=_LOW_BITS[logits.dtype], **chosen,
     )  # fmt: skip
