@@ -350,7 +350,8 @@ def sample(
     vocab = logits.shape[-1]
     chosen = row_tile("sampling.sample", logits)
     cut = top_ks is not None or top_ps is not None or min_ps is not None or 0 < top_k < vocab or top_p < 1 or min_p > 0
-    rows, space = tokens.numel(), [None, None]
+    rows = tokens.numel()
+    space: list[Tensor | None] = [None, None]
     if cut:
         shape = (rows, chosen["BLOCK"])
         space = [torch.empty(shape, dtype=d, device=logits.device) for d in (logits.dtype, torch.int32)]
