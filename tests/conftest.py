@@ -4,6 +4,7 @@ there is no GPU, `cuda` is the same sources built for the host (tests/cuda_host)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import fastrlhf
@@ -24,6 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
     kernels = config.getoption("--kernels")
     if kernels == "cpu":
         return
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests import interpreter
+
+        interpreter.repair()
     backends._default = kernels  # for the calls that name none
     if torch.cuda.is_available():
         torch.set_default_device("cuda")
