@@ -1,7 +1,7 @@
 // The per-token KL estimators of d = logprobs - ref_logprobs and their slopes: Schulman 2020, "Approximating KL divergence".
 #pragma once
 
-#include "csrc/tensor.h"
+#include "host_device.h"
 #include "simd/simd.h"
 
 namespace fastrlhf {
@@ -11,10 +11,10 @@ enum class KlKind : int { k1 = 0, abs = 1, k2 = 2, k3 = 3 };
 namespace FASTRLHF_ISA { namespace {
 
 template <class V>
-inline V absolute(V x) { return max(V::set(0) - x, x); }
+FASTRLHF_HOST_DEVICE inline V absolute(V x) { return max(V::set(0) - x, x); }
 
 template <class V>
-inline V kl_value(KlKind kind, V d) {
+FASTRLHF_HOST_DEVICE inline V kl_value(KlKind kind, V d) {
   switch (kind) {
     case KlKind::k1: return d;
     case KlKind::abs: return absolute(d);
@@ -24,7 +24,7 @@ inline V kl_value(KlKind kind, V d) {
 }
 
 template <class V>
-inline V kl_slope(KlKind kind, V d) {
+FASTRLHF_HOST_DEVICE inline V kl_slope(KlKind kind, V d) {
   const V zero = V::set(0), one = V::set(1);
   switch (kind) {
     case KlKind::k1: return one;
@@ -40,7 +40,7 @@ inline V kl_slope(KlKind kind, V d) {
 // The value and its derivative under symmetric clamps of d and of the result (infinite: none). With straight_through
 // the derivative is k2's: that of d, through the clamp of d.
 template <class V>
-inline void kl_clamped(KlKind kind, V d, V input_bound, V output_bound, bool straight_through, V& value, V& slope) {
+FASTRLHF_HOST_DEVICE inline void kl_clamped(KlKind kind, V d, V input_bound, V output_bound, bool straight_through, V& value, V& slope) {
   const V zero = V::set(0);
   const V x = max(zero - input_bound, min(input_bound, d));
   const V raw = kl_value(kind, x);

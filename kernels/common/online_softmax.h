@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "convert.h"
+#include "softmax_row.h"
 
 namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
 
@@ -46,8 +47,7 @@ struct RowStats {
     if (sum != 0 && to != reference) {
       const double shift = (reference - to) * scale;
       const double factor = std::abs(shift) < 1e-4 ? 1 + shift * (1 + shift * 0.5) : std::exp(shift);
-      weighted = factor == 0 ? 0 : (weighted + sum * shift) * factor;
-      sum *= factor;
+      move_sums(shift, factor, sum, weighted);
     }
     reference = to;
   }

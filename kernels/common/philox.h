@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FASTRLHF_HOST_DEVICE __host__ __device__
-#else
-#define FASTRLHF_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace fastrlhf { namespace {
 

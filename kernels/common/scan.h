@@ -7,11 +7,17 @@
 
 namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
 
+// (c, d) after the element to its right, (c', d').
+template <class V>
+FASTRLHF_HOST_DEVICE inline void compose(V& c, V& d, V right_c, V right_d) {
+  d = fma(c, right_d, d);
+  c = c * right_c;
+}
+
 template <int k, class V>
 inline void compose_right(V& c, V& d) {
   if constexpr (k < V::W) {
-    d = fma(c, V::template down<k>(d, V::set(0)), d);
-    c = c * V::template down<k>(c, V::set(1));
+    compose(c, d, V::template down<k>(c, V::set(1)), V::template down<k>(d, V::set(0)));
     compose_right<2 * k>(c, d);
   }
 }

@@ -4,6 +4,7 @@
 #include "convert.h"
 #include "csrc/scratch.h"
 #include "csrc/threads.h"
+#include "moments.h"
 
 namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
 
@@ -98,19 +99,6 @@ class Units {
   Scratch<Unit> units_;
 };
 
-// Masked count, mean and sum of squared deviations, merged pairwise (Chan et al. 1979): no sum of squares to cancel.
-struct Moments {
-  double n = 0, mean = 0, m2 = 0;
-
-  void merge(const Moments& o) {
-    if (o.n == 0) return;
-    const double total = n + o.n, delta = o.mean - mean;
-    mean += delta * (o.n / total);
-    m2 += o.m2 + delta * delta * (n * o.n / total);
-    n = total;
-  }
-};
-
 // Of one chunk: x and mask readable to the next whole vector. Elements of weight 0 may hold anything.
 template <class T>
 inline Moments chunk_moments(const T* x, const T* mask, int64_t n) {
@@ -122,10 +110,9 @@ inline Moments chunk_moments(const T* x, const T* mask, int64_t n) {
     count = count + m;
     total = total + select(m != zero, m * V::load(x + i), zero);
   }
-  Moments out;
-  out.n = sum(count);
-  if (out.n == 0) return out;
-  const T mean = static_cast<T>(sum(total) / out.n);
+  const double n_ = sum(count);
+  if (n_ == 0) return {};
+  const T mean = static_cast<T>(sum(total) / n_);
   const V mu = V::set(mean);
   V square = zero, rest = zero;
   for (int64_t i = 0; i < n; i += V::W) {
@@ -134,10 +121,7 @@ inline Moments chunk_moments(const T* x, const T* mask, int64_t n) {
     square = fma(m * d, d, square);
     rest = fma(m, d, rest);
   }
-  const double correction = sum(rest) / out.n;  // what rounding the mean left over
-  out.mean = mean + correction;
-  out.m2 = sum(square) - out.n * correction * correction;
-  return out;
+  return Moments::about(n_, mean, sum(rest), sum(square));
 }
 
 // (x - shift) scale + back where the mask is not 0, 0 elsewhere. x need not be padded when it is the output.

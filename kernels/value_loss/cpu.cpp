@@ -66,8 +66,8 @@ void value_loss_as(const ValueArgs& a) {
   Totals totals;
   for (int64_t u = 0; u < units.size(); ++u) row_counts[units[u].row] += counts[u];
   for (int64_t b = 0; b < rows.count; ++b) totals.tokens += row_counts[b], totals.sequences += row_counts[b] != 0;
-  for (int64_t b = 0; b < rows.count; ++b)
-    weights[b] = row_weight(a.reduction, a.denominator, totals, row_counts[b], rows.length);
+  const double share = share_of(a.reduction, a.denominator, totals, rows.length);
+  for (int64_t b = 0; b < rows.count; ++b) weights[b] = share * row_factor(a.reduction, row_counts[b]);
   parallel_for(units.size(), workers, [&](int64_t u, int worker) {
     const Unit unit = units[u];
     Chunk<T>& c = chunks[worker];

@@ -41,8 +41,9 @@ inline Rows rows(const py::tuple& t) {
   r.count = t[0].cast<int64_t>();
   r.length = t[1].cast<int64_t>();
   r.cu_seqlens = reinterpret_cast<const int64_t*>(t[2].cast<uintptr_t>());
+  r.tokens = t[3].cast<int64_t>();
   if (!r.cu_seqlens) return r;
-  check_cu_seqlens(r, t[3].cast<int64_t>());
+  check_cu_seqlens(r, r.tokens);
   r.length = 0;
   for (int64_t b = 0; b < r.count; ++b) if (r.size(b) > r.length) r.length = r.size(b);
   return r;

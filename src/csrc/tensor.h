@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace fastrlhf {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, i32 = 4, i64 = 5, u8 = 6 };
@@ -23,7 +25,7 @@ struct Matrix {
   DType dtype = DType::f32;
   int64_t inner = 1, outer_stride = 0, inner_stride = 0;
 
-  int64_t offset(int64_t row) const { return (row / inner) * outer_stride + (row % inner) * inner_stride; }
+  FASTRLHF_HOST_DEVICE int64_t offset(int64_t row) const { return (row / inner) * outer_stride + (row % inner) * inner_stride; }
 };
 
 // An input of the token-level ops, (B, T), packed (total) or one value a row (B); nullptr: absent.
@@ -33,19 +35,20 @@ struct Array {
   int64_t row_stride = 0, col_stride = 0;
   bool per_row = false;
 
-  explicit operator bool() const { return data != nullptr; }
+  FASTRLHF_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 };
 
 // The rows of a token-level op: (B, T), or the segments of a pack when cu_seqlens is there.
 struct Rows {
   int64_t count = 0, length = 0;        // length: T, or the longest segment of a pack
   const int64_t* cu_seqlens = nullptr;  // (B + 1)
+  int64_t tokens = 0;                   // of the pack
 
-  int64_t size(int64_t b) const { return cu_seqlens ? cu_seqlens[b + 1] - cu_seqlens[b] : length; }
+  FASTRLHF_HOST_DEVICE int64_t size(int64_t b) const { return cu_seqlens ? cu_seqlens[b + 1] - cu_seqlens[b] : length; }
   // where row b starts in a contiguous output
-  int64_t start(int64_t b) const { return cu_seqlens ? cu_seqlens[b] : b * length; }
-  int64_t total() const { return cu_seqlens ? cu_seqlens[count] : count * length; }
-  int64_t offset(const Array& a, int64_t b, int64_t t) const {
+  FASTRLHF_HOST_DEVICE int64_t start(int64_t b) const { return cu_seqlens ? cu_seqlens[b] : b * length; }
+  FASTRLHF_HOST_DEVICE int64_t total() const { return cu_seqlens ? tokens : count * length; }
+  FASTRLHF_HOST_DEVICE int64_t offset(const Array& a, int64_t b, int64_t t) const {
     if (a.per_row) return b * a.row_stride;
     return cu_seqlens ? (cu_seqlens[b] + t) * a.col_stride : b * a.row_stride + t * a.col_stride;
   }
