@@ -5,21 +5,23 @@
 #include <cstdint>
 #include <cstring>
 
+#include "host_device.h"
+
 namespace fastrlhf { namespace {
 
-inline float bf16_to_float(uint16_t h) {
+FASTRLHF_HOST_DEVICE inline float bf16_to_float(uint16_t h) {
   const uint32_t bits = static_cast<uint32_t>(h) << 16;
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
 }
-inline uint16_t float_to_bf16(float f) {  // nearest even
+FASTRLHF_HOST_DEVICE inline uint16_t float_to_bf16(float f) {  // nearest even
   uint32_t bits;
   std::memcpy(&bits, &f, 4);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
-inline float half_to_float(uint16_t h) {
+FASTRLHF_HOST_DEVICE inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, rest = h & 0x7fffu;
   uint32_t bits;
   if (rest >= 0x7c00u) {
@@ -35,7 +37,7 @@ inline float half_to_float(uint16_t h) {
   std::memcpy(&f, &bits, 4);
   return f;
 }
-inline uint16_t float_to_half(float f) {  // nearest even
+FASTRLHF_HOST_DEVICE inline uint16_t float_to_half(float f) {  // nearest even
   uint32_t bits;
   std::memcpy(&bits, &f, 4);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);

@@ -14,6 +14,7 @@ FASTRLHF_HOST_DEVICE inline void compose(V& c, V& d, V right_c, V right_d) {
   c = c * right_c;
 }
 
+#if !defined(FASTRLHF_GPU)
 template <int k, class V>
 inline void compose_right(V& c, V& d) {
   if constexpr (k < V::W) {
@@ -34,5 +35,6 @@ inline void suffix_scan(const T* c, const T* d, T* y, int64_t n, T& carry) {
     carry = first(dv);
   }
 }
+#endif
 
 }}}  // namespace

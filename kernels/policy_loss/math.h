@@ -29,7 +29,7 @@ struct RowPlan {
   double uncorrected = 1;
 };
 
-FASTRLHF_HOST_DEVICE inline bool by_sequence(PolicyKind kind) { return kind == PolicyKind::gspo || kind == PolicyKind::gmpo; }
+FASTRLHF_HOST_DEVICE constexpr bool by_sequence(PolicyKind kind) { return kind == PolicyKind::gspo || kind == PolicyKind::gmpo; }
 
 FASTRLHF_HOST_DEVICE inline bool corrects_tokens(const PolicyArgs& a) {
   return a.correction != Correction::none && a.correction_level == CorrectionLevel::token;
@@ -254,21 +254,22 @@ struct PolicySums {
     if (o.at[15] > at[15]) at[15] = o.at[15];
   }
 
-  // (loss, then the statistics of kernels/policy_loss/reference.py)
-  FASTRLHF_HOST_DEVICE void write(double share, double* result) const {
+  // set(i, value): the loss, then the statistics of kernels/policy_loss/reference.py.
+  template <class Set>
+  FASTRLHF_HOST_DEVICE void write(double share, Set&& set) const {
     const double tokens = at[9];
     const bool any = tokens != 0;
     const double over = any ? 1 / tokens : 0;
-    result[0] = any ? at[0] * share : 0;
-    for (int i = 1; i <= 4; ++i) result[i] = at[i] * over;  // low, high, dual, ratio
-    result[5] = any ? at[13] : 0;
-    result[6] = any ? at[14] : 0;
-    for (int i = 5; i <= 8; ++i) result[2 + i] = at[i] * over;  // k1, k3, ref_kl, entropy
-    result[11] = tokens;
-    result[12] = at[10] * over;
-    result[13] = at[15];
-    result[14] = at[11] * over;
-    result[15] = at[12] * over;
+    set(0, any ? at[0] * share : 0);
+    for (int i = 1; i <= 4; ++i) set(i, at[i] * over);  // low, high, dual, ratio
+    set(5, any ? at[13] : 0);
+    set(6, any ? at[14] : 0);
+    for (int i = 5; i <= 8; ++i) set(2 + i, at[i] * over);  // k1, k3, ref_kl, entropy
+    set(11, tokens);
+    set(12, at[10] * over);
+    set(13, at[15]);
+    set(14, at[11] * over);
+    set(15, at[12] * over);
   }
 };
 

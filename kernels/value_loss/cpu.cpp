@@ -2,6 +2,7 @@
 
 #include "common/reduction.h"
 #include "common/tokens.h"
+#include "math.h"
 
 namespace fastrlhf { namespace FASTRLHF_ISA {
 namespace {
@@ -14,7 +15,6 @@ struct Sums {
   Moments residual, returns, values;
 };
 
-// 0.5 max((V - R)^2, (V_old + clamp(V - V_old) - R)^2); where the clipped error is the larger its gradient is 0.
 template <class T>
 void chunk_loss(const ValueArgs& a, double weight, int64_t b, int64_t t, int64_t n, T* grad, Chunk<T>& c, Sums& sums) {
   using V = typename VectorOf<T>::type;
@@ -22,18 +22,16 @@ void chunk_loss(const ValueArgs& a, double weight, int64_t b, int64_t t, int64_t
   const T* old = a.old_values ? fetch<T>(a.old_values, a.rows, b, t, n, c.old) : values;
   const T* returns = fetch<T>(a.returns, a.rows, b, t, n, c.returns);
   const T* mask = fetch_mask<T>(a.mask, a.rows, b, t, n, c.mask);
-  const V zero = V::set(0), one = V::set(1), bound = V::set(static_cast<T>(a.clip)), w = V::set(static_cast<T>(weight));
+  const V zero = V::set(0), bound = V::set(static_cast<T>(a.clip)), w = V::set(static_cast<T>(weight));
   V loss = zero, clipped = zero;
   for (int64_t i = 0; i < n; i += V::W) {
-    const V m = V::load(mask + i), v = V::load(values + i), o = V::load(old + i), r = V::load(returns + i);
+    const V m = V::load(mask + i), v = V::load(values + i), r = V::load(returns + i);
     const auto counted = m != zero;
-    const V error = v - r, moved = o + max(zero - bound, min(bound, v - o)) - r;
-    const V plain = error * error, held = moved * moved;
-    const V excess = select(max(v - o, o - v) > bound, held - plain, zero);  // inside the clamp they are one number
-    const auto use_held = excess > zero;
-    loss = loss + select(counted, m * select(use_held, held, plain), zero);
-    clipped = clipped + select(counted, m * select(use_held, one, zero), zero);
-    if (grad) select(counted, m * w * select(use_held, zero, error), zero).store(grad + i);
+    V square, slope, held;
+    value_error(v, V::load(old + i), r, bound, square, slope, held);
+    loss = loss + select(counted, m * square, zero);
+    clipped = clipped + select(counted, m * held, zero);
+    if (grad) select(counted, m * w * slope, zero).store(grad + i);
     (r - v).store(c.residual.data + i);
   }
   sums.loss += 0.5 * weight * sum(loss);

@@ -35,13 +35,19 @@ inline Matrix matrix(const py::tuple& t) {
   return m;
 }
 
-// (rows, length, address of cu_seqlens or 0, tokens): the segments of a pack are checked, their longest becomes the length
-inline Rows rows(const py::tuple& t) {
+// (rows, length, address of cu_seqlens or 0, tokens), the boundaries unread: they may lie on a GPU
+inline Rows device_rows(const py::tuple& t) {
   Rows r;
   r.count = t[0].cast<int64_t>();
   r.length = t[1].cast<int64_t>();
   r.cu_seqlens = reinterpret_cast<const int64_t*>(t[2].cast<uintptr_t>());
   r.tokens = t[3].cast<int64_t>();
+  return r;
+}
+
+// The same, where the segments of a pack can be checked, their longest becomes the length
+inline Rows rows(const py::tuple& t) {
+  Rows r = device_rows(t);
   if (!r.cu_seqlens) return r;
   check_cu_seqlens(r, r.tokens);
   r.length = 0;

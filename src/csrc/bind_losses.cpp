@@ -1,4 +1,4 @@
-#include "bind.h"
+#include "bind_losses_args.h"
 #include "policy_loss/cpu.h"
 #include "preference_loss/cpu.h"
 #include "value_loss/cpu.h"
@@ -16,28 +16,11 @@ void write_result(const double* result, int stats, bool f64, uintptr_t loss, uin
 }  // namespace
 
 void bind_losses(py::module_& m) {
-  // arrays: logprobs, old_logprobs, advantages, mask, rollout_logprobs, ref_logprobs, entropy
-  // scalars: clip_low, clip_high, dual_clip, ratio_clamp, delta, tau_pos, tau_neg, correction_low, correction_high,
-  //          kl_coef, entropy_coef, denominator
-  // codes: kind, correction, correction_level, kl_kind, reduction
   m.def("policy_loss", [](const py::tuple& shape, bool f64, const py::tuple& arrays, const py::tuple& scalars,
                           const py::tuple& codes, uintptr_t grad_logprobs, uintptr_t grad_entropy, uintptr_t loss, uintptr_t stats, int threads) {
     double result[1 + policy_stats];
-    PolicyArgs a;
-    a.rows = rows(shape);
+    PolicyArgs a = policy_args(rows(shape), arrays, scalars, codes, grad_logprobs, grad_entropy);
     a.f64 = f64;
-    a.logprobs = array(arrays[0]), a.old_logprobs = array(arrays[1]), a.advantages = array(arrays[2]), a.mask = array(arrays[3]);
-    a.rollout_logprobs = array(arrays[4]), a.ref_logprobs = array(arrays[5]), a.entropy = array(arrays[6]);
-    double* const fields[] = {&a.clip_low, &a.clip_high, &a.dual_clip, &a.ratio_clamp, &a.delta, &a.tau_pos, &a.tau_neg,
-                              &a.correction_low, &a.correction_high, &a.kl_coef, &a.entropy_coef, &a.denominator};
-    for (size_t i = 0; i < std::size(fields); ++i) *fields[i] = scalars[i].cast<double>();
-    a.kind = static_cast<PolicyKind>(codes[0].cast<int>());
-    a.correction = static_cast<Correction>(codes[1].cast<int>());
-    a.correction_level = static_cast<CorrectionLevel>(codes[2].cast<int>());
-    a.kl_kind = codes[3].cast<int>();
-    a.reduction = static_cast<Reduction>(codes[4].cast<int>());
-    a.grad_logprobs = pointer(grad_logprobs);
-    a.grad_entropy = pointer(grad_entropy);
     a.result = result;
     a.threads = threads;
     py::gil_scoped_release release;
@@ -48,14 +31,8 @@ void bind_losses(py::module_& m) {
                          const py::object& returns, const py::object& mask, double clip, int reduction, double denominator,
                          uintptr_t grad_values, uintptr_t loss, uintptr_t stats, int threads) {
     double result[1 + value_stats];
-    ValueArgs a;
-    a.rows = rows(shape);
+    ValueArgs a = value_args(rows(shape), values, old_values, returns, mask, clip, reduction, denominator, grad_values);
     a.f64 = f64;
-    a.values = array(values), a.old_values = array(old_values), a.returns = array(returns), a.mask = array(mask);
-    a.clip = clip;
-    a.reduction = static_cast<Reduction>(reduction);
-    a.denominator = denominator;
-    a.grad_values = pointer(grad_values);
     a.result = result;
     a.threads = threads;
     py::gil_scoped_release release;

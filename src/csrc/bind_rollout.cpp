@@ -1,6 +1,6 @@
 #include <cmath>
 
-#include "bind.h"
+#include "bind_rollout_args.h"
 #include "gae/cpu.h"
 #include "group_advantages/cpu.h"
 #include "kl/cpu.h"
@@ -34,20 +34,10 @@ void bind_rollout(py::module_& m) {
                       const py::object& mask, const py::object& bootstrap, const py::tuple& shaping, double gamma,
                       double lam, uintptr_t lams, int mask_mode, uintptr_t shaped, uintptr_t kl_, uintptr_t advantages,
                       uintptr_t returns, bool whiten, int threads) {
-    RolloutArgs a;
-    a.rows = rows(shape);
+    RolloutArgs a = rollout_args(rows(shape), rewards, scores, logprobs, ref_logprobs, values, mask, bootstrap, shaping, gamma, lam, lams,
+                                 mask_mode, shaped, kl_, advantages, returns);
     a.f64 = f64;
-    a.rewards = array(rewards), a.scores = array(scores), a.logprobs = array(logprobs), a.ref_logprobs = array(ref_logprobs);
-    a.values = array(values), a.mask = array(mask), a.bootstrap = array(bootstrap);
-    a.kl_coef = shaping[0].cast<double>();
-    a.kl_kind = shaping[1].cast<int>();
-    a.score_clip = shaping[2].cast<double>();
-    a.kl_clip = shaping[3].cast<double>();
-    a.gamma = gamma, a.lam = lam;
-    a.lams = pointer<const double>(lams);
     check_unit_interval(a.lams, a.rows.count, "lam");
-    a.mask_mode = static_cast<MaskMode>(mask_mode);
-    a.shaped = pointer(shaped), a.kl = pointer(kl_), a.advantages = pointer(advantages), a.returns = pointer(returns);
     a.whiten = whiten;
     a.threads = threads;
     py::gil_scoped_release release;

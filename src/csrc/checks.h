@@ -2,7 +2,7 @@
 // of range, ValueError for the rest, with the name of the argument, the first offending position and what stands there.
 #pragma once
 
-#include "logprobs/cpu.h"
+#include "logprobs/args.h"
 #include "tensor.h"
 
 namespace fastrlhf {

@@ -2,9 +2,11 @@
 // them, written once for every level.
 #pragma once
 
-#include "csrc/isa.h"
+#include "common/host_device.h"
 
-#if FASTRLHF_ISA_LEVEL >= 2
+#if defined(FASTRLHF_GPU)
+#include "lane.h"
+#elif FASTRLHF_ISA_LEVEL >= 2
 #include "avx512.h"
 #elif FASTRLHF_ISA_LEVEL == 1
 #include "avx2.h"
@@ -36,6 +38,7 @@ inline void stream_end() {}
 }}}  // namespace
 #endif
 
+#if !defined(FASTRLHF_GPU)
 namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
 
 using F64 = Portable<double, 8>;
@@ -85,19 +88,6 @@ inline F32 exp(F32 x) {
   return scale2(fma(q * r, r, r) + F32::set(1.f), n);
 }
 
-// e^x - 1 - x without cancellation.
-inline F32 expm1_minus_x(F32 x) {
-  F32 q = F32::set(2.48015873e-5f);
-  q = fma(q, x, F32::set(1.98412698e-4f));
-  q = fma(q, x, F32::set(1.38888889e-3f));
-  q = fma(q, x, F32::set(8.33333333e-3f));
-  q = fma(q, x, F32::set(4.16666667e-2f));
-  q = fma(q, x, F32::set(1.66666667e-1f));
-  q = fma(q, x, F32::set(0.5f));
-  const F32 small = q * x * x, half = F32::set(0.5f);
-  return select((x > F32::set(-0.5f)) & (x < half), small, exp(x) - F32::set(1.f) - x);
-}
-
 // log x for x in [1, 2], about 1 ulp of 1: 2 atanh(z), z = (x - 1) / (x + 1).
 inline F32 log_1_to_2(F32 x) {
   const F32 one = F32::set(1.f), z = (x - one) / (x + one), w = z * z;
@@ -124,6 +114,24 @@ inline F32 tanh(F32 x) {
   q = fma(q, z, F32::set(-3.33332819422e-1f));
   const F32 small = fma(q * z, x, x);
   return select(a < F32::set(0.625f), small, select(x < zero, zero - large, large));
+}
+
+}}}  // namespace
+#endif
+
+namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
+
+// e^x - 1 - x without cancellation.
+FASTRLHF_HOST_DEVICE inline F32 expm1_minus_x(F32 x) {
+  F32 q = F32::set(2.48015873e-5f);
+  q = fma(q, x, F32::set(1.98412698e-4f));
+  q = fma(q, x, F32::set(1.38888889e-3f));
+  q = fma(q, x, F32::set(8.33333333e-3f));
+  q = fma(q, x, F32::set(4.16666667e-2f));
+  q = fma(q, x, F32::set(1.66666667e-1f));
+  q = fma(q, x, F32::set(0.5f));
+  const F32 small = q * x * x, half = F32::set(0.5f);
+  return select((x > F32::set(-0.5f)) & (x < half), small, exp(x) - F32::set(1.f) - x);
 }
 
 }}}  // namespace

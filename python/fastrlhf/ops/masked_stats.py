@@ -192,10 +192,10 @@ def _device_moments(x: Tensor, mask: Tensor | None, unbiased: bool, variance: Te
         triton_kernels("masked_stats").moments(x, mask, out, variance, counter(x), unbiased=unbiased)
     else:
         shape = row_shape(x)
-        work = workspace(shape, x)
+        work, ticket = workspace(shape, x), counter(x)
         cuda_extension().moments(
             shape, tokens(x), tokens(mask), out.data_ptr(), address(variance), unbiased, work.data_ptr(), work.numel(),
-            counter(x).data_ptr(), raw_stream(x),
+            ticket.data_ptr(), raw_stream(x),
         )  # fmt: skip
     return out
 
@@ -256,10 +256,10 @@ def _row_sums_forward(
     elif backend == "triton":
         triton_kernels("masked_stats").row_sums(x, mask, cu_seqlens, average=average, sums=sums, counts=n, counter=counter(x))
     else:
-        work = workspace(shape, x)
+        work, ticket = workspace(shape, x), counter(x)
         cuda_extension().row_sums(
             shape, tokens(x), tokens(mask), average, sums.data_ptr(), address(n), work.data_ptr(), work.numel(),
-            counter(x).data_ptr(), raw_stream(x),
+            ticket.data_ptr(), raw_stream(x),
         )  # fmt: skip
     return sums, n
 

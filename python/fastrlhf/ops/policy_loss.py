@@ -244,10 +244,11 @@ def _forward(
             tuple(codes), *grads, loss.data_ptr(), stats.data_ptr(), threads(),
         )  # fmt: skip
         return loss, stats, d_logprobs, d_entropy, None
-    share, over, work = empty_scalar(torch.float32, logprobs), device_denominator(math.nan, given), workspace(shape, logprobs)
+    share, over = empty_scalar(torch.float32, logprobs), device_denominator(math.nan, given)
+    work, ticket = workspace(shape, logprobs), counter(logprobs)
     cuda_extension().policy_loss(
         shape, arrays, (*numbers, denominator), tuple(codes), *grads, loss.data_ptr(), stats.data_ptr(), share.data_ptr(),
-        address(over), work.data_ptr(), work.numel(), counter(logprobs).data_ptr(), raw_stream(logprobs),
+        address(over), work.data_ptr(), work.numel(), ticket.data_ptr(), raw_stream(logprobs),
     )  # fmt: skip
     return loss, stats, d_logprobs, d_entropy, share
 

@@ -130,10 +130,11 @@ def _forward(
             threads(),
         )  # fmt: skip
         return loss, stats, d_values, None
-    share, over, work = empty_scalar(torch.float32, values), device_denominator(math.nan, given), workspace(shape, values)
+    share, over = empty_scalar(torch.float32, values), device_denominator(math.nan, given)
+    work, ticket = workspace(shape, values), counter(values)
     cuda_extension().value_loss(
         shape, *arrays, clip, reduction, denominator, address(d_values), loss.data_ptr(), stats.data_ptr(), share.data_ptr(),
-        address(over), work.data_ptr(), work.numel(), counter(values).data_ptr(), raw_stream(values),
+        address(over), work.data_ptr(), work.numel(), ticket.data_ptr(), raw_stream(values),
     )  # fmt: skip
     return loss, stats, d_values, share
 
