@@ -66,14 +66,14 @@ __global__ void __launch_bounds__(most_threads, 1) forward_kernel(LogprobsArgs a
     } else {
       state = row_state<Entropy, Plain, Aligned>(a, row, x, c);
     }
-    state = block_merge(state, c, space);
+    const RowTotals totals = block_totals(state, c, space);
     auto z = [&](int64_t k) { return label_logit(a, row, x, k); };
     if (!partial) {
-      write_row(a, row, state, z);
+      write_row(a, row, totals, z);
       continue;
     }
     for (int64_t k = threadIdx.x; k < a.labels_per_row; k += blockDim.x) partial[3 + k] = z(k);
-    if (threadIdx.x == 0) partial[0] = state.max, partial[1] = state.sum, partial[2] = state.weighted * ln2;
+    if (threadIdx.x == 0) partial[0] = totals.max, partial[1] = static_cast<float>(totals.sum), partial[2] = static_cast<float>(totals.weighted);
   }
 }
 
@@ -84,13 +84,12 @@ __global__ void __launch_bounds__(32) combine_kernel(LogprobsCombineArgs c) {
   if (row_ignored(a, row)) return write_ignored_row(a, row);
   const float* partials = static_cast<const float*>(c.partials) + row * width;
   const int64_t rank_stride = a.rows * width;
-  const float scale = static_cast<float>(scale_of(a, row) * static_cast<double>(log2e));
-  RowState all;
+  RowTotals all;
   for (int64_t rank = 0; rank < c.ranks; ++rank) {
     const float* p = partials + rank * rank_stride;
-    RowState one;
-    one.max = p[0], one.sum = p[1], one.weighted = p[2] * log2e;
-    all.merge(one, scale);
+    RowTotals one;
+    one.max = p[0], one.sum = p[1], one.weighted = p[2];
+    all.merge(one, scale_of(a, row));
   }
   write_row(a, row, all, [&](int64_t k) {
     float z = -INFINITY;

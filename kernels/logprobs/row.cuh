@@ -54,12 +54,6 @@ struct RowState {
     }
     max = to;
   }
-  __device__ __forceinline__ void merge(RowState o, float c) {
-    const float to = o.max > max ? o.max : max;
-    move(to, c);
-    o.move(to, c);
-    sum += o.sum, weighted += o.weighted;
-  }
   // n floats
   template <bool Entropy, int n>
   __device__ __forceinline__ void add(const float (&x)[n], float c) {
@@ -68,35 +62,46 @@ struct RowState {
     for (int i = 1; i < n; ++i) high = fmaxf(high, x[i]);
     if (high > max) move(high, c);
     const float from = max == -INFINITY ? 0.f : max;  // all -inf so far: their terms are 0; a NaN's is NaN
+    float s = 0.f, t = 0.f;  // apart at first: shorter chains of additions
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       const float u = (x[i] - from) * c, e = exp2_fast(u);
-      sum += e;
-      if (Entropy) weighted = fmaf(e, fmaxf(u, -200.f), weighted);  // 0 * -200, never 0 * -inf
+      s += e;
+      if (Entropy) t = fmaf(e, fmaxf(u, -200.f), t);  // 0 * -200, never 0 * -inf
     }
+    sum += s;
+    if (Entropy) weighted += t;
   }
 };
 
-// Over the block, in every thread. `space`: 3 doubles for each warp.
-__device__ __forceinline__ RowState block_merge(RowState mine, float c, double* space) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance >>= 1) {
-    RowState other;
-    other.max = __shfl_xor_sync(all_lanes, mine.max, distance);
-    other.sum = __shfl_xor_sync(all_lanes, mine.sum, distance);
-    other.weighted = __shfl_xor_sync(all_lanes, mine.weighted, distance);
-    mine.merge(other, c);
+// Of a whole row, in units of e.
+struct RowTotals {
+  float max = -INFINITY;
+  double sum = 0, weighted = 0;
+
+  __device__ __forceinline__ void merge(RowTotals o, double scale) {
+    const float to = o.max > max ? o.max : max;
+    for (RowTotals* t : {this, &o}) {
+      if (t->max == to || t->sum == 0) continue;
+      const double shift = (static_cast<double>(t->max) - to) * scale;
+      move_sums(shift, std::exp(shift), t->sum, t->weighted);
+    }
+    max = to;
+    sum += o.sum, weighted += o.weighted;
   }
-  float* to = reinterpret_cast<float*>(space);
-  if (lane_id() == 0) to[3 * warp_id()] = mine.max, to[3 * warp_id() + 1] = mine.sum, to[3 * warp_id() + 2] = mine.weighted;
-  __syncthreads();
-  RowState all;
-  for (int w = 0; w < warp_count(); ++w) {
-    RowState one;
-    one.max = to[3 * w], one.sum = to[3 * w + 1], one.weighted = to[3 * w + 2];
-    all.merge(one, c);
-  }
-  __syncthreads();
+};
+
+// The threads' statistics over the block, in every thread: each is moved to the common maximum once, in float, and they are added
+// in double. `space`: 2 doubles for each warp.
+__device__ __forceinline__ RowTotals block_totals(RowState mine, float c, double* space) {
+  RowTotals all;
+  float high[1] = {mine.max};
+  block_reduce(high, space, [](int, float a, float b) { return b > a ? b : a; });
+  all.max = high[0];
+  mine.move(all.max, c);
+  double sums[2] = {mine.sum, mine.weighted};
+  block_sum(sums, space);
+  all.sum = sums[0], all.weighted = sums[1] * static_cast<double>(ln2);
   return all;
 }
 
@@ -156,13 +161,13 @@ __device__ __forceinline__ float label_logit(const LogprobsArgs& a, int64_t row,
 
 // What a row's statistics say, for the calling thread's labels k = thread, thread + threads, ...; thread 0 writes the row's own.
 template <class LabelLogit>
-__device__ __forceinline__ void write_row(const LogprobsArgs& a, int64_t row, const RowState& state, LabelLogit&& z) {
+__device__ __forceinline__ void write_row(const LogprobsArgs& a, int64_t row, const RowTotals& state, LabelLogit&& z) {
   const double scale = scale_of(a, row), sum = state.sum, log_sum = log_of_sum(sum);
   for (int64_t k = threadIdx.x; k < a.labels_per_row; k += blockDim.x)
     static_cast<float*>(a.logprobs)[row * a.labels_per_row + k] =
         label_at(a, row, k) == a.ignore_index ? 0.f : static_cast<float>(logprob_of(z(k), state.max, scale, log_sum));
   if (threadIdx.x != 0) return;
-  if (a.entropies) static_cast<float*>(a.entropies)[row] = static_cast<float>(entropy_of(log_sum, state.weighted * static_cast<double>(ln2), sum));
+  if (a.entropies) static_cast<float*>(a.entropies)[row] = static_cast<float>(entropy_of(log_sum, state.weighted, sum));
   if (a.lse) static_cast<float*>(a.lse)[row] = static_cast<float>(state.max * scale + log_sum);
   if (a.max) static_cast<float*>(a.max)[row] = state.max;
   if (a.log_sum) static_cast<float*>(a.log_sum)[row] = static_cast<float>(log_sum);
