@@ -127,6 +127,13 @@ __global__ void __launch_bounds__(unit_threads) policy_kernel(PolicyArgs a, cuda
 
 constexpr int64_t space_bytes = partial_size * (unit_threads / 32) * sizeof(double);
 
+__device__ __forceinline__ void store_rounded(void* out, DType dtype, int64_t i, int n, const float (&x)[group]) {
+  if (dtype == DType::f32) return store_run(static_cast<float*>(out) + i, n, x);
+  uint16_t* to = static_cast<uint16_t*>(out) + i;
+#pragma unroll
+  for (int k = 0; k < group; ++k) if (k < n) to[k] = dtype == DType::bf16 ? float_to_bf16(x[k]) : float_to_half(x[k]);
+}
+
 __global__ void __launch_bounds__(unit_threads) scale_kernel(const float* d, const float* grad, const float* share, int64_t count, DType dtype, void* out) {
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * unit_threads + threadIdx.x) * group;
   if (i >= count) return;
@@ -136,10 +143,20 @@ __global__ void __launch_bounds__(unit_threads) scale_kernel(const float* d, con
   load_run({d, DType::f32, 0, 1, false}, i, 1, n, x);
 #pragma unroll
   for (int k = 0; k < group; ++k) x[k] *= factor;
-  if (dtype == DType::f32) return store_run(static_cast<float*>(out) + i, n, x);
-  uint16_t* to = static_cast<uint16_t*>(out) + i;
+  store_rounded(out, dtype, i, n, x);
+}
+
+__global__ void __launch_bounds__(unit_threads) rescale_kernel(Array x, const float* factor, int64_t count) {
+  const float f = *factor;
+  if (f == 1.f) return;
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * unit_threads + threadIdx.x) * group;
+  if (i >= count) return;
+  const int n = count - i < group ? static_cast<int>(count - i) : group;
+  float v[group];
+  load_run(x, i, 1, n, v);
 #pragma unroll
-  for (int k = 0; k < group; ++k) if (k < n) to[k] = dtype == DType::bf16 ? float_to_bf16(x[k]) : float_to_half(x[k]);
+  for (int k = 0; k < group; ++k) v[k] *= f;
+  store_rounded(const_cast<void*>(x.data), x.dtype, i, n, v);
 }
 
 }}}  // namespace
@@ -168,6 +185,11 @@ int policy_loss(const PolicyArgs& a, const LossResults& results, const Launch& l
 int scale(const float* d, const float* grad, const float* share, int64_t count, DType dtype, void* out, const Launch& l) {
   constexpr int64_t each = unit_threads * group;
   return launch(scale_kernel, {(count + each - 1) / each, unit_threads}, static_cast<cudaStream_t>(l.stream), d, grad, share, count, dtype, out);
+}
+
+int rescale(void* x, const float* factor, int64_t count, DType dtype, const Launch& l) {
+  constexpr int64_t each = unit_threads * group;
+  return launch(rescale_kernel, {(count + each - 1) / each, unit_threads}, static_cast<cudaStream_t>(l.stream), Array{x, dtype, 0, 1, false}, factor, count);
 }
 
 }}  // namespace

@@ -17,4 +17,7 @@ int policy_loss(const PolicyArgs& a, const LossResults& results, const Launch& l
 // out = d * grad * share, as dtype.
 int scale(const float* d, const float* grad, const float* share, int64_t count, DType dtype, void* out, const Launch& launch);
 
+// x *= *factor, which reads and writes nothing where that is 1.
+int rescale(void* x, const float* factor, int64_t count, DType dtype, const Launch& launch);
+
 }}  // namespace

@@ -14,6 +14,7 @@
 #include "bind_losses_args.h"
 #include "gae/cuda.h"
 #include "logprobs/cuda.h"
+#include "logprobs/one_read.h"
 #include "masked_stats/cuda.h"
 #include "policy_loss/cuda.h"
 #include "value_loss/cuda.h"
@@ -79,6 +80,22 @@ void bind(py::module_& m) {
     b.grad_logprobs = pointer(grad_logprobs), b.grad_entropy = pointer(grad_entropy), b.grad_lse = pointer(grad_lse);
     b.grad = matrix(grad);
     check(cuda::logprobs_backward(b, on(stream)));
+  });
+  m.def("one_read_fits", [](const py::tuple& logits, int64_t vocab, int major) { return cuda::one_read_fits(matrix(logits), vocab, major); });
+  m.def("one_read", [](const py::tuple& logits, int64_t rows, int64_t vocab, const py::tuple& labels, const py::tuple& scaling,
+                       const py::tuple& outputs, const py::tuple& shape, const py::tuple& arrays, const py::tuple& scalars,
+                       const py::tuple& codes, bool entropy_term, uintptr_t share, const py::tuple& grad, uintptr_t stream) {
+    cuda::OneReadArgs a;
+    a.logprobs = logprobs_args(logits, rows, vocab, labels, scaling, py::make_tuple(0, 0, 0, 0, 0));
+    logprobs_outputs(a.logprobs, outputs, 0);
+    a.policy = policy_args(device_rows(shape), arrays, scalars, codes, 0, 0);
+    a.entropy_term = entropy_term;
+    a.share = pointer<const float>(share);
+    a.grad = matrix(grad);
+    check(cuda::one_read(a, on(stream)));
+  });
+  m.def("rescale", [](uintptr_t x, uintptr_t factor, int64_t count, int dtype, uintptr_t stream) {
+    check(cuda::rescale(pointer(x), pointer<const float>(factor), count, static_cast<DType>(dtype), on(stream)));
   });
   m.def("rollout", [](const py::tuple& shape, const py::object& rewards, const py::object& scores, const py::object& logprobs,
                       const py::object& ref_logprobs, const py::object& values, const py::object& mask, const py::object& bootstrap,

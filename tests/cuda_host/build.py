@@ -18,7 +18,7 @@ NAME = "fastrlhf_cuda_host"
 
 
 def sources() -> list[Path]:
-    return [ROOT / "src/csrc/cuda_module.cpp", HERE / "shim.cpp", *sorted(ROOT.glob("kernels/*/cuda.cu"))]
+    return [ROOT / "src/csrc/cuda_module.cpp", HERE / "shim.cpp", *sorted(ROOT.glob("kernels/*/cuda*.cu"))]
 
 
 def _digest(flags: list[str]) -> str:

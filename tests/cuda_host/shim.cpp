@@ -82,12 +82,12 @@ fastrlhf_shim_switch:
 .size fastrlhf_shim_switch, .-fastrlhf_shim_switch
 )");
 
-void yield() { fastrlhf_shim_switch(&active->stack_pointer, scheduler); }
+void leave() { fastrlhf_shim_switch(&active->stack_pointer, scheduler); }
 
 void entry() {
   (*body)();
   active->done = true;
-  yield();
+  leave();
   std::abort();
 }
 
@@ -108,7 +108,7 @@ void wait(Barrier& b, int x = 0) {
     ++progress;
     return;
   }
-  while (b.generation == mine) yield();
+  while (b.generation == mine) leave();
 }
 
 }  // namespace
@@ -117,6 +117,7 @@ unsigned char* block_memory() { return active->thread.memory; }
 unsigned char* cluster_memory(const void* here, unsigned rank) {
   return blocks_[rank].memory + (static_cast<const unsigned char*>(here) - active->thread.memory);
 }
+void yield() { leave(); }
 void block_barrier() { wait(active->block->barrier); }
 int block_or(int x) {
   wait(active->block->barrier, x);

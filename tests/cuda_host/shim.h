@@ -25,6 +25,7 @@ unsigned char* cluster_memory(const void* here, unsigned rank);  // the same pla
 void block_barrier();
 int block_or(int x);
 void cluster_barrier();
+void yield();  // to the other threads, until what is waited for has come
 // Every lane of the warp gives a value and gets all 32 of them.
 const uint64_t* exchange(uint64_t mine);
 void run(int64_t blocks, int threads, int64_t shared_bytes, int cluster, const std::function<void()>& kernel);

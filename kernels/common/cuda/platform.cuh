@@ -110,6 +110,31 @@ inline int launch(void (*kernel)(Params...), const Grid& grid, cudaStream_t stre
 #endif
 }
 
+// How many clusters of a launch run at the same time.
+template <class... Params>
+inline int64_t resident_clusters(void (*kernel)(Params...), const Grid& grid) {
+#if defined(FASTRLHF_CUDA_HOST)
+  (void)kernel, (void)grid;
+  return 2;
+#else
+  if (cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)) != cudaSuccess)
+    return 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid.cluster));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+  cudaLaunchAttribute cluster[1];
+  cluster[0].id = cudaLaunchAttributeClusterDimension;
+  cluster[0].val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+  cluster[0].val.clusterDim.y = cluster[0].val.clusterDim.z = 1;
+  config.attrs = cluster;
+  config.numAttrs = 1;
+  int count = 0;
+  if (cudaOccupancyMaxActiveClusters(&count, reinterpret_cast<const void*>(kernel), &config) != cudaSuccess || count < 1) return 1;
+  return count;
+#endif
+}
+
 // Multiprocessors of the current device.
 inline int processors() {
 #if defined(FASTRLHF_CUDA_HOST)

@@ -213,6 +213,12 @@ class _Call(NamedTuple):
         return (with_rows(self.logits), *self[1:6]), options
 
 
+def native_arguments(logits: Tensor, labels: Tensor, temperature: float, ignore_index: int) -> tuple[Any, ...]:
+    """Of plain logits and one label a row, as the extensions take them."""
+    vocab = logits.shape[-1]
+    return _Call(logits, labels, None, None, None, None, float(temperature), 0.0, ignore_index, 0, vocab).native()
+
+
 def _forward(
     logits: Tensor, labels: Tensor, temperatures: Tensor | None, kept_mask: Tensor | None, kept_indptr: Tensor | None,
     kept_indices: Tensor | None, temperature: float, softcap: float, ignore_index: int, vocab_start: int,

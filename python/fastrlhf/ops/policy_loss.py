@@ -119,6 +119,48 @@ def policy_loss(
     Source: ppo Schulman et al. 2017; dual clip Ye et al. 2020; two-sided delta INTELLECT-2 2025; cispo MiniMax-M1 2025;
     sapo and gspo Qwen 2025; gmpo Zhao et al. 2025; Dr.GRPO Liu et al. 2025.
     """
+    cu, kind, correction, codes, numbers, denominator = settings(
+        logprobs, old_logprobs, advantages, mask, kind, clip_low, clip_high, dual_clip, ratio_clamp, delta, tau_pos, tau_neg,
+        rollout_logprobs, rollout_correction, ref_logprobs, kl_coef, kl, entropy, entropy_coef, reduction, denominator,
+        cu_seqlens, group,
+    )  # fmt: skip
+    backend = choose("policy_loss", logprobs, backend)
+    if backend == "reference":
+        loss, stats = _reference(
+            logprobs, old_logprobs, advantages, mask, cu, rollout_logprobs, ref_logprobs, entropy, kind=kind,
+            clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, ratio_clamp=ratio_clamp, delta=delta,
+            tau_pos=tau_pos, tau_neg=tau_neg, rollout_correction=correction, kl_coef=kl_coef, kl=kl,
+            entropy_coef=entropy_coef, reduction=reduction, denominator=denominator,
+        )  # fmt: skip
+        return PolicyLoss(loss, LossStats(stats, reference.STATS))
+    grads = torch.is_grad_enabled()
+    given = denominator if isinstance(denominator, Tensor) else None
+    number = math.nan if denominator is None or given is not None else float(denominator)
+    loss, stats, *_ = _policy_loss(
+        logprobs, old_logprobs, advantages, mask, rollout_logprobs, ref_logprobs, entropy, cu, given, numbers, number, codes,
+        grads and logprobs.requires_grad, grads and entropy is not None and entropy.requires_grad, backend,
+    )  # fmt: skip
+    return PolicyLoss(loss, LossStats(stats.detach() if stats.requires_grad else stats, reference.STATS))
+
+
+class Settings(NamedTuple):
+    """What the arguments of a policy loss come to, checked."""
+
+    cu_seqlens: Tensor | None
+    kind: str
+    correction: RolloutCorrection | None
+    codes: list[int]
+    numbers: list[float]
+    denominator: float | Tensor | None
+
+
+def settings(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None, kind: str, clip_low: float,
+    clip_high: float, dual_clip: float | None, ratio_clamp: float | None, delta: float | None, tau_pos: float, tau_neg: float,
+    rollout_logprobs: Tensor | None, rollout_correction: RolloutCorrection | str | None, ref_logprobs: Tensor | None,
+    kl_coef: float, kl: str, entropy: Tensor | None, entropy_coef: float, reduction: str,
+    denominator: float | Tensor | None, cu_seqlens: Tensor | None, group: Any,
+) -> Settings:  # fmt: skip
     cu = checks.token_matrix("logprobs", logprobs, cu_seqlens)
     checks.like("old_logprobs", old_logprobs, "logprobs", logprobs)
     checks.tensor("advantages", advantages)
@@ -168,29 +210,12 @@ def policy_loss(
         if entropy is None:
             raise ValueError(f"entropy: needed for entropy_coef={entropy_coef}, got None")
     denominator = global_denominator(denominator, logprobs, mask, cu, reduction, group)
-
-    backend = choose("policy_loss", logprobs, backend)
-    if backend == "reference":
-        loss, stats = _reference(
-            logprobs, old_logprobs, advantages, mask, cu, rollout_logprobs, ref_logprobs, entropy, kind=kind,
-            clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, ratio_clamp=ratio_clamp, delta=delta,
-            tau_pos=tau_pos, tau_neg=tau_neg, rollout_correction=correction, kl_coef=kl_coef, kl=kl,
-            entropy_coef=entropy_coef, reduction=reduction, denominator=denominator,
-        )  # fmt: skip
-        return PolicyLoss(loss, LossStats(stats, reference.STATS))
     low, high = (correction.low, correction.high) if correction is not None else (0.0, 0.0)
     numbers = [
         float(clip_low), float(clip_high), dual_clip or math.inf, ratio_clamp or math.inf, delta or math.inf, tau_pos,
         tau_neg, low, high, float(kl_coef), float(entropy_coef),
     ]  # fmt: skip
-    grads = torch.is_grad_enabled()
-    given = denominator if isinstance(denominator, Tensor) else None
-    number = math.nan if denominator is None or given is not None else float(denominator)
-    loss, stats, *_ = _policy_loss(
-        logprobs, old_logprobs, advantages, mask, rollout_logprobs, ref_logprobs, entropy, cu, given, numbers, number, codes,
-        grads and logprobs.requires_grad, grads and entropy is not None and entropy.requires_grad, backend,
-    )  # fmt: skip
-    return PolicyLoss(loss, LossStats(stats.detach() if stats.requires_grad else stats, reference.STATS))
+    return Settings(cu, kind, correction, codes, numbers, denominator)
 
 
 def _reference(
