@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "float64: computes in float64, which kernels on a GPU do not")
+    config.addinivalue_line("markers", "cpu_only: of what has no kernel for a GPU, or does not concern it")
     kernels = config.getoption("--kernels")
     if kernels == "cpu":
         return
@@ -53,6 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("float64"):
             item.add_marker(pytest.mark.skip(reason="kernels on a GPU compute in float32"))
+        if item.get_closest_marker("cpu_only"):
+            item.add_marker(pytest.mark.skip(reason="there is no such kernel for a GPU"))
 
 
 @pytest.fixture

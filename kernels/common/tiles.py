@@ -4,8 +4,10 @@ there are, or its bits would depend on the batch."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,20 @@ TABLE = Path(__file__).with_name("tiles.json")
 def table() -> dict[str, Any]:
     """{kernel: {"default" or "sm_90": [[largest size or null, {"BLOCK": ..., "num_warps": ...}], ...]}}"""
     return json.loads(TABLE.read_text())
+
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def chosen_for(architecture: str) -> Iterator[None]:
+    """Within it tiles are those of `architecture` ("sm_90"), whatever the device: for compiling ahead of time."""
+    global _forced
+    before, _forced = _forced, architecture
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 @functools.cache
@@ -37,5 +53,5 @@ def _chosen(kernel: str, architecture: str, size: int) -> dict[str, int]:
 
 def tile(kernel: str, like: torch.Tensor, size: int) -> dict[str, int]:
     """The constants to launch `kernel` with for a row of `size` elements, on the device of `like`."""
-    architecture = _architecture(like.device.index or 0) if like.is_cuda else "default"
+    architecture = _forced or (_architecture(like.device.index or 0) if like.is_cuda else "default")
     return _chosen(kernel, architecture, size)

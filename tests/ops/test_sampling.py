@@ -108,5 +108,9 @@ def test_rows_that_cannot_be_sampled(backend, bad):
     logits[1] = -torch.inf if bad is None else logits[1]
     if bad is not None:
         logits[1, 4] = bad
+    if backend == "triton":  # says so without a wait for the device
+        out = fastrlhf.sample(logits, top_k=3, backend=backend)
+        assert (out.tokens < 0).tolist() == [False, True, False] and out.logprobs.isnan().tolist() == [False, True, False]
+        return
     with pytest.raises(ValueError, match="logits: row 1"):
         fastrlhf.sample(logits, top_k=3, backend=backend)
