@@ -23,14 +23,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "float64: computes in float64, which kernels on a GPU do not")
     config.addinivalue_line("markers", "cpu_only: of what has no kernel for a GPU, or does not concern it")
-    kernels = config.getoption("--kernels")
+    use_kernels(config.getoption("--kernels"))
+
+
+def use_kernels(kernels: str) -> None:
+    """For the calls of this process that name no backend."""
     if kernels == "cpu":
         return
     if os.environ.get("TRITON_INTERPRET") == "1":
         from tests import interpreter
 
         interpreter.repair()
-    backends._default = kernels  # for the calls that name none
+    backends._default = kernels
     if torch.cuda.is_available():
         torch.set_default_device("cuda")
     elif kernels == "cuda":

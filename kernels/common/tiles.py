@@ -23,6 +23,7 @@ def table() -> dict[str, Any]:
 
 
 _forced: str | None = None
+_tried: dict[str, dict[str, int]] = {}
 
 
 @contextlib.contextmanager
@@ -36,8 +37,18 @@ def chosen_for(architecture: str) -> Iterator[None]:
         _forced = before
 
 
+@contextlib.contextmanager
+def trying(kernel: str, choice: dict[str, int]) -> Iterator[None]:
+    """Within it `kernel` has these constants, whatever the table says: for tuning."""
+    _tried[kernel] = choice
+    try:
+        yield
+    finally:
+        del _tried[kernel]
+
+
 @functools.cache
-def _architecture(index: int) -> str:
+def architecture_of(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     return f"sm_{major}{minor}"
 
@@ -53,5 +64,7 @@ def _chosen(kernel: str, architecture: str, size: int) -> dict[str, int]:
 
 def tile(kernel: str, like: torch.Tensor, size: int) -> dict[str, int]:
     """The constants to launch `kernel` with for a row of `size` elements, on the device of `like`."""
-    architecture = _forced or (_architecture(like.device.index or 0) if like.is_cuda else "default")
+    if kernel in _tried:
+        return dict(_tried[kernel])
+    architecture = _forced or (architecture_of(like.device.index or 0) if like.is_cuda else "default")
     return _chosen(kernel, architecture, size)

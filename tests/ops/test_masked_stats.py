@@ -7,7 +7,7 @@ from fastrlhf.kernels.masked_stats import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.oracle import assert_accurate
+from tests.oracle import EXAMPLES, assert_accurate
 
 FUNCTIONS = [
     (fastrlhf.masked_mean, reference.masked_mean, {}),
@@ -91,7 +91,7 @@ def test_run_twice(compiled):
         assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 700), seed=st.integers(0, 2**31), shift=st.sampled_from([0.0, 1e3]))
 def test_hypothesis(rows, columns, seed, shift):
     torch.manual_seed(seed)
