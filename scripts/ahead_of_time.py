@@ -41,8 +41,11 @@ from triton.runtime.jit import create_function_from_signature
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results" / "triton-resources.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# kernel: why registers in memory do no harm there
-SPILLS_ALLOWED: dict[str, str] = {}
+# kernel: bytes of stack up to which registers in memory do no harm, and why
+SPILLS_ALLOWED: dict[str, tuple[int, str]] = {
+    "policy_loss.triton:token_kernel": (16, "one loop invariant, to fit one more block of 8 warps on a multiprocessor"),
+    "policy_loss.triton:row_kernel": (16, "one or two of a row's scalars, to fit one more block of 8 warps"),
+}
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -68,16 +71,17 @@ def logprobs() -> None:
         out = f.logprobs(x, zeros(2, dtype=torch.int64) if labels is None else labels, entropy=entropy, **options)
         backward(*out)
 
-    for dtype, entropy in itertools.product(FLOATS, (False, True)):
-        both(dtype, 128256, entropy)
-    for dtype, vocab in itertools.product(FLOATS[:2], (200, 4096, 50257)):
-        both(dtype, vocab, False)
+    for dtype in FLOATS:
+        both(dtype, 128256, True)
+    both(torch.bfloat16, 128256, False)
+    for vocab in (200, 4096, 50257):
+        both(torch.bfloat16, vocab, False)
+    both(torch.float32, 50257, True)
     for dtype in FLOATS[:2]:
         both(dtype, 128256, True, softcap=30.0)
         both(dtype, 128256, True, temperature=torch.ones(2), lse=True)
-        for entropy in (False, True):
-            both(dtype, 128256, entropy, kept=zeros(2, 128256, dtype=torch.bool))
-            both(dtype, 128256, entropy, kept=(zeros(3, dtype=torch.int64), zeros(16, dtype=torch.int64)))
+        both(dtype, 128256, True, kept=zeros(2, 128256, dtype=torch.bool))
+        both(dtype, 128256, True, kept=(zeros(3, dtype=torch.int64), zeros(16, dtype=torch.int64)))
         both(dtype, 128256, False, zeros(2, 4, dtype=torch.int32))
         with torch.no_grad():
             f.logprobs(zeros(2, 128256, dtype=dtype), zeros(2, dtype=torch.int64))
@@ -99,7 +103,7 @@ def kl() -> None:
 
 
 def kl_full() -> None:
-    for direction, dtype in itertools.product(("forward", "reverse", "js"), FLOATS):
+    for direction, dtype in itertools.product(("forward", "reverse", "js"), FLOATS[:2]):
         x, y = leaf(2, 128256, dtype=dtype), zeros(2, 128256, dtype=dtype)
         backward(f.kl_full(x, y, direction=direction, mask=zeros(2, dtype=torch.bool)))
     for vocab in (200, 4096, 50257):
@@ -130,7 +134,7 @@ def group_advantages() -> None:
 
 
 def masked_stats() -> None:
-    for dtype, mask_dtype in itertools.product(FLOATS[:2], (None, torch.bool, torch.float32)):
+    for dtype, mask_dtype in zip((*FLOATS[:2], torch.float32), (None, torch.bool, torch.float32), strict=True):
         x = leaf(64, 4096, dtype=dtype)
         mask = None if mask_dtype is None else zeros(64, 4096, dtype=mask_dtype)
         f.whiten(x.detach(), mask)
@@ -162,10 +166,12 @@ def policy_loss() -> None:
 
     for kind in kinds:
         one(kind)
+        one(kind, reduction="seq-mean-token-sum-norm", packed=True, extras=True)
+    for kind in ("ppo", "gspo"):
         one(kind, extras=True)
         one(kind, reduction="seq-mean-token-mean", packed=True)
-        one(kind, reduction="seq-mean-token-sum-norm", packed=True, extras=True)
-    for correction, level in itertools.product(("tis", "mis", "icepop"), ("token", "sequence", "geometric")):
+    levels = ("token", "sequence", "geometric")
+    for correction, level in (*itertools.product(("tis",), levels), *itertools.product(("mis", "icepop"), levels[:1])):
         weight = f.RolloutCorrection(correction, level, low=0.5, high=2.0)
         one("ppo", rollout_logprobs=zeros(4, 4096), rollout_correction=weight)
     for reduction in ("token-sum", "seq-mean-token-mean", "seq-mean-token-sum"):
@@ -372,9 +378,9 @@ def main() -> int:
     for row in rows:
         if "error" in row:
             print(f"\n{row['kernel']} {row['architecture']} {row['constants']}\n{row['error']}")
-    spills = sorted({line["kernel"] for line in lines if line["stack"] and line["kernel"] not in SPILLS_ALLOWED})
+    spills = sorted({line["kernel"] for line in lines if line["stack"] > SPILLS_ALLOWED.get(line["kernel"], (0, ""))[0]})
     if spills:
-        print(f"\nregisters kept in memory without a reason in SPILLS_ALLOWED: {', '.join(spills)}")
+        print(f"\nregisters kept in memory beyond SPILLS_ALLOWED: {', '.join(spills)}")
     print(f"\n{len(rows)} variants in {time.perf_counter() - start:.0f} s, triton {triton.__version__}")
     out = arguments.out or (RESULTS if names == list(CASES) else None)
     if out:
