@@ -45,6 +45,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SPILLS_ALLOWED: dict[str, tuple[int, str]] = {
     "policy_loss.triton:token_kernel": (16, "one loop invariant, to fit one more block of 8 warps on a multiprocessor"),
     "policy_loss.triton:row_kernel": (16, "one or two of a row's scalars, to fit one more block of 8 warps"),
+    "preference_loss.triton:preference_kernel": (16, "one scalar of a launch of one program"),
+    "sampling.triton:_sample": (16, "up to four of a row's scalars, to fit 64 registers and so 32 warps on a multiprocessor"),
 }
 
 
