@@ -14,26 +14,32 @@ from fastrlhf import VocabParallel
 from fastrlhf.kernels.logprobs import reference
 
 from tests.conftest import use_kernels
+from tests.oracle import INTERPRETED
 
-ROWS, VOCAB = 13, 2400
+ROWS, VOCAB = 5 if INTERPRETED else 13, 2400
 
 
-def _worker(rank: int, world: int, port: int, name: str, kernels: str) -> None:
+def _worker(rank: int, world: int, port: int, kernels: str) -> None:
     use_kernels(kernels)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    torch.manual_seed(0)
     try:
-        globals()[name](rank, world, kernels)
+        for check in (vocab_parallel, statistics, losses):
+            torch.manual_seed(0)
+            check(rank, world, kernels)
     finally:
         dist.destroy_process_group()
 
 
-def spawn(name: str, world: int, kernels: str) -> None:
+def spawn(world: int, kernels: str) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_worker, (world, port, name, kernels), nprocs=world, join=True)
+    mp.spawn(_worker, (world, port, kernels), nprocs=world, join=True)
+
+
+def backends(kernels: str) -> tuple[str, ...]:
+    return ("cpu", "reference") if kernels == "cpu" else (kernels,)
 
 
 def same_on_all_ranks(t: torch.Tensor) -> None:
@@ -56,7 +62,7 @@ def vocab_parallel(rank: int, world: int, kernels: str) -> None:
         labels[4] = -100
         keep = torch.rand(ROWS, VOCAB) < 0.3
         csr = (torch.cat([torch.zeros(1, dtype=torch.long), keep.sum(-1).cumsum(0)]), keep.nonzero()[:, 1])
-        for backend in (kernels, "reference"):
+        for backend in backends(kernels):
             for options, kept in (({}, None), ({"temperature": 0.6, "softcap": 9.0}, None), ({}, "mask"), ({}, "csr")):
                 oracle = reference.logprobs(logits.double(), labels, kept=None if kept is None else keep, **options)
                 x = logits[:, mine].clone().requires_grad_()
@@ -108,7 +114,7 @@ def losses(rank: int, world: int, kernels: str) -> None:
     mask[1] = False
     mine = slice(rank * 4, rank * 4 + 4)
     for reduction in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"):
-        for backend in (kernels, "reference"):
+        for backend in backends(kernels):
             full = fastrlhf.policy_loss(lp, old, A, mask, reduction=reduction, ratio_clamp=1.0).loss
             part = fastrlhf.policy_loss(
                 lp[mine],
@@ -132,6 +138,6 @@ def losses(rank: int, world: int, kernels: str) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("name", ["vocab_parallel", "statistics", "losses"])
-def test_across_ranks(request, name, world):
-    spawn(name, world, request.config.getoption("--kernels"))
+def test_across_ranks(request, world):
+    """All checks in the same processes, which take seconds to start."""
+    spawn(world, request.config.getoption("--kernels"))

@@ -84,7 +84,7 @@ def test_large_vocabularies(compiled, vocab, dtype):
         check(inputs(kind, 2, vocab, dtype), torch.randint(0, vocab, (2,)), compiled)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 3, 40 if INTERPRETED else 1000])
+@pytest.mark.parametrize("rows", [0, 1, 3, 17 if INTERPRETED else 1000])
 def test_row_counts(backend, rows):
     logits, labels = torch.randn(rows, 129), torch.randint(0, 129, (rows,))
     out = everything(logits, labels, backend)
