@@ -1,4 +1,5 @@
-"""python -m bench --device cpu [--short] [--only logprobs,gae] [--seconds 2] [--out bench/results/cpu.json]"""
+"""python -m bench --device cpu [--short] [--only logprobs,gae] [--seconds 2] [--out bench/results/cpu.json]
+python -m bench tune [--only logprobs.forward,...] [--dry]   on a GPU: the tiles of the Triton kernels"""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import call_cost, gae, kl, logprobs, masked_stats, policy_loss, report, sampling
+from . import call_cost, gae, kl, logprobs, masked_stats, policy_loss, report, sampling, tune
 from .floor import ceilings
 from .harness import measure, quiet
 
@@ -17,6 +18,8 @@ SUITES = {
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["tune"]:
+        return tune.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench", description="fastrlhf's operations against what people use")
     parser.add_argument("--device", choices=["cpu"], default="cpu")
     parser.add_argument("--short", action="store_true", help="small inputs: does everything run?")

@@ -22,14 +22,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "float64: computes in float64, which kernels on a GPU do not")
-    kernels = config.getoption("--kernels")
+    config.addinivalue_line("markers", "cpu_only: of what has no kernel for a GPU, or does not concern it")
+    use_kernels(config.getoption("--kernels"))
+
+
+def use_kernels(kernels: str) -> None:
+    """For the calls of this process that name no backend."""
     if kernels == "cpu":
         return
     if os.environ.get("TRITON_INTERPRET") == "1":
         from tests import interpreter
 
         interpreter.repair()
-    backends._default = kernels  # for the calls that name none
+    backends._default = kernels
     if torch.cuda.is_available():
         torch.set_default_device("cuda")
     elif kernels == "cuda":
@@ -53,6 +58,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("float64"):
             item.add_marker(pytest.mark.skip(reason="kernels on a GPU compute in float32"))
+        if item.get_closest_marker("cpu_only"):
+            item.add_marker(pytest.mark.skip(reason="there is no such kernel for a GPU"))
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""What Triton 3.6's interpreter does otherwise than a GPU, put right for the tests: it truncates float32 to bfloat16, and
-under numpy 2.4 it takes no loop bound from a tensor."""
+"""What Triton 3.6's interpreter does otherwise than a GPU, put right for the tests: it truncates float32 to bfloat16,
+under numpy 2.4 it takes no loop bound from a tensor, and it scans an element at a time."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,28 @@ def _cast(self: Any, source: Any, target_type: Any) -> Any:
     return interpreter.TensorHandle(data.astype(interpreter._get_np_dtype(target_type)), target_type)
 
 
+def _scan(self: Any, inputs: Any) -> list[Any]:
+    """In log2(n) steps of all elements at once, as a GPU does."""
+    data = [x.handle.data for x in inputs]
+    types = [x.dtype for x in inputs]
+    size = data[0].shape[self.axis]
+    shape = [1] * data[0].ndim
+    shape[self.axis] = size
+    i = np.arange(size).reshape(shape)
+    step = 1
+    while step < size:
+        left = [self.to_tensor(np.roll(d, step, self.axis), t) for d, t in zip(data, types, strict=True)]
+        both = self.combine_fn.fn(*left, *(self.to_tensor(d, t) for d, t in zip(data, types, strict=True)))
+        both = both if isinstance(both, tuple) else (both,)
+        data = [np.where(i >= step, new.handle.data, old) for new, old in zip(both, data, strict=True)]
+        step *= 2
+    return [self.to_tensor(d, t) for d, t in zip(data, types, strict=True)]
+
+
+@functools.cache
 def repair() -> None:
     interpreter.InterpreterBuilder.cast_impl = _cast
+    interpreter.ScanOps.generic_scan = _scan
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 SLACK = 1e-6
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # where a program takes milliseconds: fewer rows, the same kinds
+EXAMPLES = 10 if INTERPRETED else 60  # of each of hypothesis' tests
 
 
 def assert_accurate(ours: Tensor, oracle: Tensor, plain: Tensor, what: str = "") -> None:

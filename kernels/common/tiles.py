@@ -4,8 +4,10 @@ there are, or its bits would depend on the batch."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,33 @@ def table() -> dict[str, Any]:
     return json.loads(TABLE.read_text())
 
 
+_forced: str | None = None
+_tried: dict[str, dict[str, int]] = {}
+
+
+@contextlib.contextmanager
+def chosen_for(architecture: str) -> Iterator[None]:
+    """Within it tiles are those of `architecture` ("sm_90"), whatever the device: for compiling ahead of time."""
+    global _forced
+    before, _forced = _forced, architecture
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextlib.contextmanager
+def trying(kernel: str, choice: dict[str, int]) -> Iterator[None]:
+    """Within it `kernel` has these constants, whatever the table says: for tuning."""
+    _tried[kernel] = choice
+    try:
+        yield
+    finally:
+        del _tried[kernel]
+
+
 @functools.cache
-def _architecture(index: int) -> str:
+def architecture_of(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     return f"sm_{major}{minor}"
 
@@ -37,5 +64,7 @@ def _chosen(kernel: str, architecture: str, size: int) -> dict[str, int]:
 
 def tile(kernel: str, like: torch.Tensor, size: int) -> dict[str, int]:
     """The constants to launch `kernel` with for a row of `size` elements, on the device of `like`."""
-    architecture = _architecture(like.device.index or 0) if like.is_cuda else "default"
+    if kernel in _tried:
+        return dict(_tried[kernel])
+    architecture = _forced or (architecture_of(like.device.index or 0) if like.is_cuda else "default")
     return _chosen(kernel, architecture, size)

@@ -7,6 +7,7 @@ import re
 import fastrlhf as f
 import pytest
 import torch
+from fastrlhf.ops import backend as backends
 
 NAN = float("nan")
 x23, m23 = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
@@ -34,7 +35,7 @@ CASES = [
     (f.logprobs, (logits, labels), {"softcap": 0.0}, ValueError, "softcap"),
     (f.logprobs, (logits, labels), {"kept": torch.ones(2, 4, dtype=torch.bool)}, ValueError, "kept: expected the shape of logits, (2, 5), got (2, 4)"),
     (f.logprobs, (logits, labels), {"kept": (torch.tensor([0, 1]), torch.tensor([0]))}, ValueError, "kept indptr: expected 3 entries"),
-    (f.logprobs, (logits, labels), {"backend": "cuda"}, ValueError, "backend 'cuda' is not part of this build"),
+    (f.logprobs, (logits, labels), {"backend": "cuda"}, ValueError, "cuda: not part of this build"),
     (f.logprobs, (logits, labels), {"backend": "gpu"}, ValueError, "backend: must be one of"),
     (f.logprobs, (logits.to("meta"), labels.to("meta")), {"backend": "cpu"}, ValueError, "needs CPU tensors"),
     (f.logprobs, (logits.to("meta"), labels.to("meta")), {}, ValueError, "no kernels for device 'meta'"),
@@ -105,6 +106,12 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _values_are_checked(monkeypatch):
+    """On a GPU too."""
+    monkeypatch.setattr(backends, "CHECK", True)
+
+
 @pytest.mark.parametrize(("op", "arguments", "options", "error", "message"), CASES, ids=lambda v: getattr(v, "__name__", None))
 def test_wrong_inputs(op, arguments, options, error, message):
     tensors = [t for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor) and t.device.type == "cpu"]
@@ -121,6 +128,7 @@ def test_wrong_inputs(op, arguments, options, error, message):
     )
 
 
+@pytest.mark.cpu_only  # elsewhere labels are checked as they come in
 def test_a_failed_backward_leaves_the_logits():
     """Labels changed under the op's feet: nothing is written, in place or not."""
     x = torch.randn(2, 5).requires_grad_()

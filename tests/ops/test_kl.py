@@ -7,7 +7,7 @@ from fastrlhf.kernels.kl import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.oracle import assert_accurate, assert_gradient_accurate
+from tests.oracle import EXAMPLES, INTERPRETED, assert_accurate, assert_gradient_accurate
 
 KINDS = reference.KINDS
 DIRECTIONS = reference.DIRECTIONS
@@ -77,7 +77,7 @@ def test_gradcheck(backend):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_full_against_the_oracle(backend, direction, dtype):
-    for vocab in (1, 2, 129, 2048, 4099, 32000):
+    for vocab in (1, 2, 129, 2048, 4099, 16411 if INTERPRETED else 32000):
         for offset, spread in ((0.0, 0.1), (30.0, 4.0)):
             x = (torch.randn(3, vocab) * 3 + offset).to(dtype)
             y = (x.float() + torch.randn(3, vocab) * spread - offset).to(dtype)
@@ -137,7 +137,7 @@ def test_controllers():
         fastrlhf.AdaptiveKL(0.2, target=0.0, horizon=1)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(n=st.integers(0, 5000), kind=st.sampled_from(KINDS), scale=st.floats(1e-6, 10), seed=st.integers(0, 2**31))
 def test_hypothesis(n, kind, scale, seed):
     torch.manual_seed(seed)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fastrlhf.ops.paged_attention import BLOCK, empty_cache, paged_attention
 
+pytestmark = pytest.mark.cpu_only
 WIDTH = 8  # blocks a sequence
 
 

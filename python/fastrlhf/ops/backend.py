@@ -68,6 +68,17 @@ def use_cuda_extension(module: Any) -> None:
     _obstacle.cache_clear()
 
 
+_recorded = False
+
+
+def record_triton_launches() -> None:
+    """From here on the Triton kernels are offered CPU tensors, for launches that are recorded, not run
+    (`kernels.common.launch.recording`)."""
+    global _recorded
+    _recorded = True
+    _obstacle.cache_clear()
+
+
 @functools.cache
 def triton_kernels(room: str, file: str = "triton") -> Any:
     """The Triton kernels of a room. Imported when first needed: Triton need not be there."""
@@ -134,8 +145,10 @@ def _obstacle(op: str, backend: str, device: torch.device) -> str | None:
         return None
     if importlib.util.find_spec("triton") is None:
         return "not installed"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1" and not _recorded:
         return "needs a GPU, or TRITON_INTERPRET=1"
+    if device.type not in ("cpu", "cuda"):
+        return "needs a GPU"
     return None
 
 

@@ -369,8 +369,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             arguments, kernels = call.native(), native(backend)
             kernels.logprobs_forward(*arguments, (0, 0, 0, 0, 0), partials.data_ptr(), lane(backend, logits))
             gathered = all_gather(partials, group)
-            results = (out.data_ptr(), H.data_ptr(), z.data_ptr(), m.data_ptr(), log_sum.data_ptr())
-            kernels.logprobs_combine(*arguments[:5], results, gathered.data_ptr(), gathered.shape[0], lane(backend, logits))
+            addresses = (out.data_ptr(), H.data_ptr(), z.data_ptr(), m.data_ptr(), log_sum.data_ptr())
+            kernels.logprobs_combine(*arguments[:5], addresses, gathered.data_ptr(), gathered.shape[0], lane(backend, logits))
         ctx.save_for_backward(logits, labels, *options[:4], m, log_sum, H)
         ctx.options, ctx.inplace, ctx.backend = options[4:], inplace, backend
         ctx.set_materialize_grads(False)

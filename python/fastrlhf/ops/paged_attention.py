@@ -81,7 +81,7 @@ def paged_attention(
     flat = (positions, sequences, block_table, cos, sin, k_cache, v_cache)
     if not all(t.is_contiguous() for t in flat):
         raise ValueError("positions, sequences, block_table, cos, sin and the caches must be contiguous")
-    out = empty((n, heads, dim), q.dtype)
+    out = empty((n, heads, dim), q.dtype, q)
     extension().paged_attention(
         DTYPES[q.dtype], (n, heads, kv_heads, dim, padded, block_table.shape[0], width, blocks, cos.shape[0]),
         (q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)), cos.data_ptr(), sin.data_ptr(),

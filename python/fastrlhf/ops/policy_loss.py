@@ -31,7 +31,7 @@ from .backend import (
     workspace,
 )
 from .library import Op, present
-from .reduction import device_denominator, global_denominator, loss_gradient, read_denominator
+from .reduction import device_denominator, global_denominator, loss_gradient, read_denominator, triton_denominator
 from .stats import LossStats
 
 _NAMES = {"gpg": "reinforce"}
@@ -253,7 +253,7 @@ def _forward(
         share = empty_scalar(torch.float32, logprobs)
         triton_kernels("policy_loss").policy_loss(
             logprobs, old_logprobs, advantages, mask, rollout_logprobs, ref_logprobs, entropy, cu_seqlens,
-            device_denominator(denominator, given), numbers=numbers, codes=codes, grad_logprobs=d_logprobs,
+            triton_denominator(denominator, given), numbers=numbers, codes=codes, grad_logprobs=d_logprobs,
             grad_entropy=d_entropy, loss=loss, stats=stats, share=share, counter=counter(logprobs),
         )  # fmt: skip
         return loss, stats, d_logprobs, d_entropy, share
@@ -269,7 +269,7 @@ def _forward(
             tuple(codes), *grads, loss.data_ptr(), stats.data_ptr(), threads(),
         )  # fmt: skip
         return loss, stats, d_logprobs, d_entropy, None
-    share, over = empty_scalar(torch.float32, logprobs), device_denominator(math.nan, given)
+    share, over = empty_scalar(torch.float32, logprobs), device_denominator(given)
     work, ticket = workspace(shape, logprobs), counter(logprobs)
     cuda_extension().policy_loss(
         shape, arrays, (*numbers, denominator), tuple(codes), *grads, loss.data_ptr(), stats.data_ptr(), share.data_ptr(),

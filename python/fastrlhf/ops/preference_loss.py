@@ -22,7 +22,7 @@ from .backend import (
     triton_kernels,
 )
 from .library import Op, present
-from .reduction import device_denominator, read_denominator
+from .reduction import read_denominator, triton_denominator
 from .stats import LossStats
 
 _NAMES = {"cdpo": "dpo", "spin": "dpo"}
@@ -221,7 +221,7 @@ def _forward(
         names = ("loss", "losses", "d_chosen", "d_rejected", "mean_d_chosen", "mean_d_rejected", "stats")
         triton_kernels("preference_loss").preference_loss(
             chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, chosen_lengths, baseline,
-            device_denominator(denominator, given), kind=kind, numbers=numbers, **dict(zip(names, results, strict=True)),
+            triton_denominator(denominator, given), kind=kind, numbers=numbers, **dict(zip(names, results, strict=True)),
         )  # fmt: skip
         return loss, losses, stats, d_chosen, d_rejected, mean_d_chosen, mean_d_rejected
     if baseline is not None:

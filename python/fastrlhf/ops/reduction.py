@@ -52,11 +52,14 @@ def read_denominator(given: Tensor) -> float:
     return value
 
 
-def device_denominator(denominator: float, given: Tensor | None) -> Tensor | float | None:
-    """For a GPU kernel: a tensor stays on the device, NaN is the local count."""
-    if given is not None:
-        return given.reshape(1).to(torch.float64)
-    return None if math.isnan(denominator) else denominator
+def device_denominator(given: Tensor | None) -> Tensor | None:
+    """For a GPU kernel: a tensor stays on the device."""
+    return None if given is None else given.reshape(1).to(torch.float64)
+
+
+def triton_denominator(denominator: float, given: Tensor | None) -> Tensor | float | None:
+    """The same or a number; None, of NaN, is the local count."""
+    return device_denominator(given) if given is not None or math.isnan(denominator) else denominator
 
 
 def _scaled_implementation(d: Tensor, grad: Tensor, share: Tensor, dtype: torch.dtype, backend: str) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.sampling import reference
 from . import backend as backends
-from . import checks
+from . import checks, value_checks
 from .backend import FLOATS, address, choose, empty, extension, matrix, threads, triton_kernels, with_rows
 from .library import Op
 
@@ -64,7 +64,7 @@ def sample(
 
     Raises:
         TypeError, ValueError: dtype, shape or device that do not fit, an option outside its range, a row without a
-        largest finite logit; on a GPU such a row gives token -1 and logprob NaN.
+        largest finite logit (on a GPU with FASTRLHF_CHECK=1; without, such a row gives token -1 and logprob NaN).
     """
     checks.logits("logits", logits)
     rows: list[Tensor | None] = [None] * 4
@@ -101,6 +101,8 @@ def sample(
     if backend == "reference":
         return _reference(logits, rows, scalars, seeds, seed, logprobs, kept)
     tokens, lp, thresholds, counts = _sample(logits, *rows, seeds, scalars, seed, logprobs, kept, backend)
+    if value_checks.wanted(backend):
+        value_checks.sampled(tokens)
     if not kept:
         return Sample(tokens, lp if logprobs else None, None)
     indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -55,3 +55,10 @@ def pack(cu: Tensor | None, t: Tensor) -> None:
 def unit_interval(name: str, t: Tensor | None) -> None:
     if t is not None and not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"{name}: expected values in [0, 1], got {t.tolist()}")
+
+
+def sampled(tokens: Tensor) -> None:
+    """That every row could be sampled."""
+    rows = (tokens.reshape(-1) < 0).nonzero()
+    if rows.shape[0]:
+        raise ValueError(f"logits: row {int(rows[0, 0])} has no largest finite logit to sample from")

@@ -29,7 +29,7 @@ from .backend import (
     workspace,
 )
 from .library import Op, present
-from .reduction import device_denominator, global_denominator, loss_gradient, read_denominator
+from .reduction import device_denominator, global_denominator, loss_gradient, read_denominator, triton_denominator
 from .stats import LossStats
 
 
@@ -118,7 +118,7 @@ def _forward(
     if backend == "triton":
         share = empty_scalar(torch.float32, values)
         triton_kernels("value_loss").value_loss(
-            values, old_values, returns, mask, cu_seqlens, device_denominator(denominator, given), clip=clip,
+            values, old_values, returns, mask, cu_seqlens, triton_denominator(denominator, given), clip=clip,
             reduction=reduction, grad_values=d_values, loss=loss, stats=stats, share=share, counter=counter(values),
         )  # fmt: skip
         return loss, stats, d_values, share
@@ -130,7 +130,7 @@ def _forward(
             threads(),
         )  # fmt: skip
         return loss, stats, d_values, None
-    share, over = empty_scalar(torch.float32, values), device_denominator(math.nan, given)
+    share, over = empty_scalar(torch.float32, values), device_denominator(given)
     work, ticket = workspace(shape, values), counter(values)
     cuda_extension().value_loss(
         shape, *arrays, clip, reduction, denominator, address(d_values), loss.data_ptr(), stats.data_ptr(), share.data_ptr(),
