@@ -138,4 +138,10 @@ def markdown(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(Path(sys.argv[1])))
+    if "--plots" in sys.argv:
+        results = Path(sys.argv[1])
+        found = json.loads(results.read_text())["rows"]
+        plot(results.with_suffix(".png"), found)
+        plot_floor(results.with_suffix(".floor.png"), found)
+    else:
+        print(markdown(Path(sys.argv[1])))
