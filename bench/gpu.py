@@ -88,7 +88,7 @@ def measure(case: Case, seconds: float, limits: dict[str, float]) -> list[dict[s
     plan = {}
     for name, variant in running.items():
         device, host = min(_sample(variant.run, 1, 0) for _ in range(3))
-        calls = max(1, min(8, int(1e-4 / device)))
+        calls = max(1, min(8, int(1e-4 / max(device, 1e-7))))
         plan[name] = (calls, min(LARGEST_BACKLOG, 2 * host * calls + 5e-5))
     deadline = time.perf_counter() + seconds * len(running)
     while running and (time.perf_counter() < deadline or min(map(len, device_times.values())) < 5):
