@@ -1,6 +1,7 @@
 # Two commands, from nothing but Python, a C++ compiler and make:
 #   make quickstart   builds fastrlhf and runs SFT, a reward model and PPO on arithmetic in words
 #   make test         builds it and runs the tests
+# With a GPU: make gpu-check, which builds, tests and measures the GPU kernels in eight minutes.
 # Everything lands in .venv and build/. PYTHON chooses the interpreter, TORCH the torch to install.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 SOURCES := $(shell find src kernels python cmake -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cmake') CMakeLists.txt pyproject.toml
 
-.PHONY: quickstart test slow-test peers lint bench wheel clean
+.PHONY: quickstart test slow-test peers lint bench gpu-check wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/fastrlhf chain examples/arithmetic/chain.yaml --directory build/quickstart
@@ -28,6 +29,11 @@ peers: $(VENV)/.peers
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench --device cpu --out bench/results/cpu.json
+
+# On a machine with an NVIDIA GPU and nvcc, with PYTHON's own torch and packages: no environment is made, nothing fetched.
+# OPTIONS="--only bench,plots --minutes 9"
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py $(OPTIONS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -1,15 +1,21 @@
 """python -m bench --device cpu [--short] [--only logprobs,gae] [--seconds 2] [--out bench/results/cpu.json]
+python -m bench --device cuda [--minutes 8] [--out gpu.json]: cases that the file already has are not measured again.
 python -m bench tune [--only logprobs.forward,...] [--dry]   on a GPU: the tiles of the Triton kernels"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
-from . import call_cost, gae, kl, logprobs, masked_stats, policy_loss, report, sampling, tune
+import torch
+
+from . import bars, call_cost, gae, gpu, gpu_cases, kl, logprobs, masked_stats, policy_loss, report, sampling, tune
 from .floor import ceilings
-from .harness import measure, quiet
+from .harness import OURS, measure, quiet
 
 SUITES = {
     "call_cost": call_cost, "logprobs": logprobs, "kl": kl, "gae": gae, "masked_stats": masked_stats,
@@ -17,35 +23,92 @@ SUITES = {
 }  # fmt: skip
 
 
+DEVICE_LOST = 3  # exit code: this process cannot go on, another one can
+
+
 def main() -> int:
     if sys.argv[1:2] == ["tune"]:
         return tune.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m bench", description="fastrlhf's operations against what people use")
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--short", action="store_true", help="small inputs: does everything run?")
-    parser.add_argument("--only", default="", help="some of " + ",".join(SUITES))
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each variant of a case")
-    parser.add_argument("--out", type=Path, help="JSON; a plot is written beside it")
+    parser.add_argument("--only", default="", help=f"some of {','.join(SUITES)}; on a GPU of {','.join(gpu_cases.SUITES)}")
+    parser.add_argument("--seconds", type=float, help="for each variant of a case; 2, on a GPU 0.3")
+    parser.add_argument("--minutes", type=float, default=1e9, help="on a GPU: start no case after so long")
+    parser.add_argument("--revision", help="of the sources, where git cannot say it")
+    parser.add_argument("--out", type=Path, help="JSON; plots are written beside it")
     arguments = parser.parse_args()
-    names = arguments.only.split(",") if arguments.only else list(SUITES)
-    unknown = set(names) - set(SUITES)
+    suites = SUITES if arguments.device == "cpu" else gpu_cases.SUITES
+    names = arguments.only.split(",") if arguments.only else list(suites)
+    unknown = set(names) - set(suites)
     if unknown:
-        parser.error(f"--only: no suite {sorted(unknown)}; there are {list(SUITES)}")
-    seconds = min(arguments.seconds, 0.1) if arguments.short else arguments.seconds
-    rows = []
+        parser.error(f"--only: no suite {sorted(unknown)}; there are {list(suites)}")
     with quiet():
-        limits = ceilings(5 if arguments.short else 15)
-        print(f"memory: read {limits['read'] / 1e9:.1f} GB/s, copy {limits['copy'] / 1e9:.1f} GB/s")
-        for name in names:
-            for case in SUITES[name].cases(arguments.short):
-                results = measure(case, seconds)
-                report.print_case(results)
-                rows += results
+        return on_cpu(names, arguments) if arguments.device == "cpu" else on_gpu(names, arguments)
+
+
+def on_cpu(names: list[str], arguments: argparse.Namespace) -> int:
+    seconds = arguments.seconds or 2.0
+    seconds = min(seconds, 0.1) if arguments.short else seconds
+    rows = []
+    limits = ceilings(5 if arguments.short else 15)
+    print(f"memory: read {limits['read'] / 1e9:.1f} GB/s, copy {limits['copy'] / 1e9:.1f} GB/s")
+    for name in names:
+        for case in SUITES[name].cases(arguments.short):
+            results = measure(case, seconds)
+            report.print_case(results)
+            rows += results
     if arguments.out:
         report.save(arguments.out, limits, rows)
         report.plot(arguments.out.with_suffix(".png"), rows)
-    broken = [r for r in rows if "skipped" in r and r["variant"].startswith("fastrlhf")]
-    return 1 if broken else 0
+    return failed(rows)
+
+
+def on_gpu(names: list[str], arguments: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        print("no GPU here: python -m bench --device cpu measures the CPU kernels")
+        return 1
+    deadline = time.monotonic() + 60 * arguments.minutes
+    device = torch.device("cuda", torch.cuda.current_device())
+    extra = gpu.describe(device) | ({"revision": arguments.revision} if arguments.revision else {})
+    limits = gpu.ceilings(device)
+    print(f"{extra['gpu']}: " + ", ".join(f"{name} {rate / 1e12:.3g} T/s" for name, rate in limits.items()), flush=True)
+    rows: list[dict[str, Any]] = []
+    if arguments.out and arguments.out.exists():
+        rows = json.loads(arguments.out.read_text())["rows"]
+    known = {(r["op"], r["case"]) for r in rows}
+    setting = gpu_cases.Setting(device, arguments.short)
+    late = []
+    for name in names:
+        if time.monotonic() > deadline:
+            late.append(name)
+            continue
+        for case in gpu_cases.SUITES[name](setting):
+            if (case.op, case.name) in known:
+                continue
+            if time.monotonic() > deadline:
+                late.append(f"{case.op} {case.name}")
+                continue
+            lost = False
+            try:
+                results = gpu.measure_or_say_why(case, arguments.seconds or 0.3, limits)
+            except gpu.DeviceLost as error:
+                results, lost = error.rows, True
+            report.print_case(results)
+            rows += results
+            if arguments.out:
+                report.save(arguments.out, limits, rows, extra)
+            if lost:
+                print(f"{case.op} {case.name}: the device is lost to this process")
+                return DEVICE_LOST
+    print("\n" + bars.table(rows))
+    if late:
+        print("\nnot measured for want of time: " + "; ".join(late))
+    return failed(rows) or bool(late)
+
+
+def failed(rows: list[dict[str, Any]]) -> int:
+    return 1 if any("skipped" in r and r["variant"].startswith(OURS) for r in rows) else 0
 
 
 if __name__ == "__main__":

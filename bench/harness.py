@@ -25,6 +25,7 @@ class Variant:
 
     run: Callable[[], Any]
     value: Callable[[], Tensor] | None = None
+    floor_bytes: float | None = None  # where it differs from the case's
 
 
 @dataclass
@@ -41,13 +42,7 @@ class Case:
 def measure(case: Case, seconds: float, peak: bool = True) -> list[dict[str, Any]]:
     """One row a variant: median and p20/p80 in seconds, GB/s, share of the floor (what the memory allowed in the same rounds),
     ratio to ours, peak, error."""
-    broken = {}
-    for name, variant in case.variants.items():
-        try:
-            variant.run()  # compiles, warms
-        except Exception as error:
-            broken[name] = f"{type(error).__name__}: {error}"[:200]
-    running = {n: v for n, v in case.variants.items() if n not in broken}
+    running, broken = warm(case)
     times: dict[str, list[float]] = {n: [] for n in running}
     ceiling: list[float] = []
     deadline = time.perf_counter() + seconds * len(running)
@@ -70,15 +65,8 @@ def measure(case: Case, seconds: float, peak: bool = True) -> list[dict[str, Any
         if name in broken:
             rows.append(row | {"skipped": broken[name]})
             continue
-        quantiles = sorted(times[name])
-        median = statistics.median(quantiles)
-        row |= {
-            "median_s": median,
-            "p20_s": quantiles[int(0.2 * (len(quantiles) - 1))],
-            "p80_s": quantiles[int(0.8 * (len(quantiles) - 1))],
-            "samples": len(quantiles),
-            "slower_than_ours": median / ours,
-        }
+        median = statistics.median(times[name])
+        row |= {**quantiles(times[name]), "slower_than_ours": median / ours}
         if case.floor_bytes:
             row["GB_per_s"] = case.floor_bytes / median / 1e9
             row["of_floor"] = case.floor_bytes / statistics.median(ceiling) / median
@@ -92,6 +80,27 @@ def measure(case: Case, seconds: float, peak: bool = True) -> list[dict[str, Any
     case.after()
     gc.collect()
     return rows
+
+
+def warm(case: Case) -> tuple[dict[str, Variant], dict[str, str]]:
+    """Every variant once, which compiles it: those that ran, and why the others did not."""
+    broken = {}
+    for name, variant in case.variants.items():
+        try:
+            variant.run()
+        except Exception as error:
+            broken[name] = f"{type(error).__name__}: {error}"[:200]
+    return {n: v for n, v in case.variants.items() if n not in broken}, broken
+
+
+def quantiles(times: list[float]) -> dict[str, Any]:
+    ordered = sorted(times)
+    return {
+        "median_s": statistics.median(ordered),
+        "p20_s": ordered[int(0.2 * (len(ordered) - 1))],
+        "p80_s": ordered[int(0.8 * (len(ordered) - 1))],
+        "samples": len(ordered),
+    }
 
 
 def _repeats(times: list[float]) -> int:

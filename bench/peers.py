@@ -25,11 +25,26 @@ def verl_algorithm(name: str) -> Any | None:
     return find("verl.trainer.ppo.core_algos", name)
 
 
+def liger_cross_entropy() -> Any | None:
+    """Writes the gradient over the logits in its forward."""
+    return find("liger_kernel.transformers.functional", "liger_cross_entropy")
+
+
+def liger_selective_log_softmax() -> Any | None:
+    """Over (B, L + 1, V): the last position of each sequence is left out. No gradient."""
+    return find("liger_kernel.ops.grpo_loss", "fused_selective_log_softmax")
+
+
+def flash_attention_cross_entropy() -> Any | None:
+    """Returns losses and z-losses."""
+    return find("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
+
+
 def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     out = {}
-    for name in ("torch", "trl", "verl", "numpy"):
+    for name in ("torch", "triton", "trl", "verl", "liger-kernel", "flash-attn", "numpy"):
         try:
             out[name] = version(name)
         except PackageNotFoundError:

@@ -64,8 +64,8 @@ def cases(short: bool) -> Iterator[Case]:
     old_values, returns = torch.randn(B, T), torch.randn(B, T)
     values = {
         OURS: Variant(_value_step(lambda v: fastrlhf.value_loss(v, old_values, returns, mask).loss, old_values)),
-        "torch eager": Variant(_value_step(lambda v: _plain_value(v, old_values, returns, mask), old_values)),
-        "torch.compile": Variant(_value_step(lambda v, f=compiled(_plain_value): f(v, old_values, returns, mask), old_values)),
+        "torch eager": Variant(_value_step(lambda v: plain_value(v, old_values, returns, mask), old_values)),
+        "torch.compile": Variant(_value_step(lambda v, f=compiled(plain_value): f(v, old_values, returns, mask), old_values)),
     }
     value = peers.verl_algorithm("compute_value_loss")
     if value:
@@ -76,7 +76,7 @@ def cases(short: bool) -> Iterator[Case]:
     yield Case("value_loss", f"{B * T} tokens, forward + backward + stats", values, 4 * lp.nbytes + mask.nbytes, writes=True)
 
 
-def _plain_value(v: Tensor, old: Tensor, r: Tensor, mask: Tensor) -> Tensor:
+def plain_value(v: Tensor, old: Tensor, r: Tensor, mask: Tensor) -> Tensor:
     held = old + (v - old).clamp(-0.2, 0.2)
     return (0.5 * torch.maximum((v - r) ** 2, (held - r) ** 2) * mask).sum() / mask.sum()
 

@@ -18,7 +18,7 @@ from fastrlhf import _cpu
 from . import peers
 from .harness import OURS
 
-COLUMNS = ("variant", "median", "p20", "p80", "GB/s", "of floor", "x ours", "peak extra", "max error")
+COLUMNS = ("variant", "median", "p20", "p80", "GB/s", "of floor", "x ours", "peak extra", "max error", "call")
 
 
 def machine() -> dict[str, Any]:
@@ -53,14 +53,15 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["variant"], seconds(row["median_s"]), seconds(row["p20_s"]), seconds(row["p80_s"]),
         f"{row['GB_per_s']:.1f}" if "GB_per_s" in row else "-", f"{row['of_floor']:.0%}" if "of_floor" in row else "-",
         f"{row['slower_than_ours']:.2f}", size(row.get("peak_extra_bytes")),
-        f"{row['max_error']:.1e}" if "max_error" in row else "-",
+        f"{row['max_error']:.1e}" if "max_error" in row else "-", *([seconds(row["host_s"])] if "host_s" in row else []),
     ]  # fmt: skip
 
 
 def print_case(rows: list[dict[str, Any]]) -> None:
     print(f"\n{rows[0]['op']}: {rows[0]['case']}")
-    table = [list(COLUMNS), *(cells(r) for r in rows)]
-    widths = [max(len(line[i]) for line in table if i < len(line) and len(line) > 2) for i in range(len(COLUMNS))]
+    columns = COLUMNS if any("host_s" in r for r in rows) else COLUMNS[:-1]
+    table = [list(columns), *(cells(r) for r in rows)]
+    widths = [max(len(line[i]) for line in table if i < len(line) and len(line) > 2) for i in range(len(columns))]
     for line in table:
         print(
             "  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=False))),
@@ -68,33 +69,44 @@ def print_case(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def save(path: Path, ceilings: dict[str, float], rows: list[dict[str, Any]]) -> None:
+def save(path: Path, ceilings: dict[str, float], rows: list[dict[str, Any]], extra: dict[str, Any] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "ceilings": ceilings, "rows": rows}, indent=1) + "\n")
+    head = {"machine": machine() | (extra or {}), "ceilings": ceilings}
+    path.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
     print(f"\nwrote {path}")
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     """How many times slower than ours each variant is, by case."""
+    wanted = [r for r in rows if "median_s" in r and r["op"] != "call" and r["variant"] != OURS]
+    _bars(path, wanted, "slower_than_ours", "time over fastrlhf's (log scale)", "log")
+
+
+def plot_floor(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The share of the floor that each of our variants reaches, by case."""
+    wanted = [r for r in rows if "of_floor" in r and r["variant"].startswith(OURS)]
+    _bars(path, wanted, "of_floor", "share of the floor", "linear")
+
+
+def _bars(path: Path, rows: list[dict[str, Any]], value: str, text: str, scale: str) -> None:
     try:
         import matplotlib
     except ImportError:
         print("no plot: matplotlib is not installed")
         return
+    if not rows:
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    wanted = [r for r in rows if "median_s" in r and r["op"] != "call" and r["variant"] != OURS]
-    if not wanted:
-        return
-    labels = [f"{r['op']} {r['case']}\n{r['variant']}" for r in wanted]
-    figure, axes = plt.subplots(figsize=(9, 0.42 * len(wanted) + 1))
-    axes.barh(range(len(wanted)), [r["slower_than_ours"] for r in wanted], color="#3b6ea5")
+    labels = [f"{r['op']} {r['case']}\n{r['variant']}" for r in rows]
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(rows) + 1))
+    axes.barh(range(len(rows)), [r[value] for r in rows], color="#3b6ea5")
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(range(len(wanted)), labels, fontsize=7)
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("time over fastrlhf's (log scale)")
+    axes.set_xscale(scale)
+    axes.set_xlabel(text)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     print(f"wrote {path}")
@@ -106,8 +118,8 @@ def markdown(path: Path) -> str:
     rows = [r for r in data["rows"] if "skipped" not in r]
     m = data["machine"]
     lines = [
-        f"{m['processor']}, {m['cores']} cores, {m['isa']}, torch {m['torch']}, TRL {m['trl']}, verl {m['verl']}, revision "
-        f"{m['revision']}.", "",
+        f"{m['gpu'] + ', ' if 'gpu' in m else ''}{m['processor']}, {m['cores']} cores, {m['isa']}, torch {m['torch']}, "
+        f"TRL {m['trl']}, verl {m['verl']}, revision {m['revision']}.", "",
         "| op | case | variant | median | times ours | of floor | largest error |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for r in rows:
@@ -126,4 +138,10 @@ def markdown(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(Path(sys.argv[1])))
+    if "--plots" in sys.argv:
+        results = Path(sys.argv[1])
+        found = json.loads(results.read_text())["rows"]
+        plot(results.with_suffix(".png"), found)
+        plot_floor(results.with_suffix(".floor.png"), found)
+    else:
+        print(markdown(Path(sys.argv[1])))

@@ -13,7 +13,7 @@ B, T, V = 3, 4 if INTERPRETED else 40, 50
 
 
 def tensors():
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(torch.get_default_device()).manual_seed(0)
 
     def r(*shape):
         return torch.randn(*shape, generator=g)

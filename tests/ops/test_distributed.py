@@ -79,7 +79,8 @@ def vocab_parallel(rank: int, world: int, kernels: str) -> None:
                     continue
                 whole = logits.double().requires_grad_()
                 out = reference.logprobs(whole, labels, kept=None if kept is None else keep, **options)
-                upstream = [torch.randn(ROWS, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+                same = (torch.Generator(torch.get_default_device()).manual_seed(i) for i in range(3))
+                upstream = [torch.randn(ROWS, generator=g) for g in same]
                 torch.autograd.backward(out, [u.double() for u in upstream])
                 torch.autograd.backward(ours, upstream)
                 torch.testing.assert_close(x.grad.double(), whole.grad[:, mine], rtol=1e-4, atol=2e-6)

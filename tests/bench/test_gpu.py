@@ -1,0 +1,135 @@
+"""The GPU half of the benchmark, as far as it goes without one: its cases on small CPU tensors, its bars on made-up rows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from bench import bars, gpu_cases, report
+from bench.__main__ import main
+from bench.gpu import Rotation
+
+
+@pytest.fixture(autouse=True)
+def _no_peers_and_nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_cases.peers, "find", lambda module, name: None)
+    monkeypatch.setattr(gpu_cases, "compiled", lambda function: function)
+
+
+@pytest.mark.parametrize("suite", gpu_cases.SUITES)
+def test_cases_compute_what_their_oracles_say(suite: str) -> None:
+    seen = 0
+    for case in gpu_cases.SUITES[suite](gpu_cases.Setting("cpu", short=True, ours=("cpu",))):
+        exact = case.oracle() if case.oracle else None
+        for variant in case.variants.values():
+            variant.run()
+            seen += 1
+            if exact is not None and variant.value is not None:
+                torch.testing.assert_close(variant.value().double(), exact, rtol=1e-2, atol=1e-4)
+    assert seen
+
+
+def test_each_of_our_backends_is_a_variant_where_the_op_has_it() -> None:
+    setting = gpu_cases.Setting("cpu", short=True)
+    assert list(next(gpu_cases.advantages(setting)).variants)[:2] == ["fastrlhf cuda", "fastrlhf triton"]
+    assert "fastrlhf cuda" not in next(gpu_cases.draws(setting)).variants
+
+
+def test_the_cases_are_the_lines_of_the_bars() -> None:
+    """At full size, by name; nothing is allocated."""
+    meta = gpu_cases.Setting("meta")
+    suites = (gpu_cases.scores, gpu_cases.trained, gpu_cases.losses_of_logits, gpu_cases.divergences, gpu_cases.policy_losses)
+    names = {f"{case.op} {case.name}" for suite in suites for case in suite(meta)}
+    for shape in bars.LOGITS:
+        assert f"logprobs forward + entropy {shape} bfloat16" in names
+        assert f"{bars.ONE_READ} forward + backward {shape} bfloat16" in names
+    assert {f"policy_loss {n} tokens, forward + backward + stats" for n in (8388608, 65536, 1048576)} <= names
+    assert {f"kl_full {d} 4096x128256 bfloat16" for d in ("forward", "reverse")} <= names
+
+
+def test_a_rotation_on_the_cpu_has_one_set() -> None:
+    made = []
+    rotation = Rotation(lambda: made.append(0) or (torch.ones(3),))
+    assert rotation.take() is rotation.take() is rotation.first and len(made) == 1
+
+
+def row(op: str, case: str, variant: str, median: float, **more: Any) -> dict[str, Any]:
+    return {"op": op, "case": case, "variant": variant, "median_s": median, "host_s": 2e-5, "slower_than_ours": 1.0} | more
+
+
+def lines_with(text: str, rows: list[dict[str, Any]], tests: dict[str, bool] | None = None) -> list[str]:
+    return [line for line in bars.table(rows, tests).splitlines() if text in line]
+
+
+def test_what_was_not_measured_is_said_to_be_so() -> None:
+    assert all(line.endswith("not measured") for line in bars.table([]).splitlines())
+    skipped = {"op": "gae", "case": "512x4096", "variant": "fastrlhf cuda", "skipped": "no memory"}
+    assert lines_with("gae 512x4096", [skipped])[0].endswith("not measured")
+
+
+def test_bars_take_the_fastest_of_ours() -> None:
+    case = "forward + backward 8192x128256 bfloat16"
+    floor = 4 * 8192 * 128256 / 3e12
+    rows = [
+        row(bars.ONE_READ, case, "fastrlhf cuda", 1.2 * floor, ceiling_GB_per_s=3000),
+        row(bars.ONE_READ, case, "fastrlhf triton, op by op", 1.6 * floor, ceiling_GB_per_s=3000),
+        row(bars.ONE_READ, case, "torch.compile", 1.7 * floor),
+        row(bars.ONE_READ, case, "Liger, sum of the losses", 2.0 * floor),
+    ]
+    over, compiled, liger = lines_with("forward + backward 8192x128256", rows)
+    assert "1.20x" in over and over.endswith("  holds")
+    assert "1.42x" in compiled and compiled.endswith("does not hold")
+    assert "1.67x" in liger and liger.endswith("  holds")
+
+
+def test_a_launch_bound_op_is_judged_by_the_callers_time_too() -> None:
+    case = "65536 tokens, forward + backward + stats"
+    rows = [
+        row("policy_loss", case, "fastrlhf cuda", 1e-5, host_s=5e-5),
+        row("policy_loss", case, "torch eager", 2e-4, host_s=4e-4),
+    ]
+    device, whole = lines_with("policy_loss 64k", rows)
+    assert "20.00x" in device and "8.00x" in whole and whole.endswith("does not hold")
+
+
+def test_the_slowest_call_and_the_tests_count() -> None:
+    rows = [row("call", "gae", "fastrlhf", 1e-6), row("call", "sample", "fastrlhf", 1e-6, host_s=3.5e-5)]
+    rows.append(row("call", "gae", "fastrlhf triton", 1e-6, host_s=1e-3))
+    assert "35.0 us" in lines_with("call time", rows)[0]
+    tests = {"test_graph[gae-cuda]": True, "test_graph[kl-triton]": False, "test_same_bits[gae-cuda]": True}
+    assert "50%" in lines_with("CUDA graph", [], tests)[0] and lines_with("bitwise", [], tests)[0].endswith("  holds")
+
+
+def test_outcomes_of_tests_are_read_from_junit(tmp_path: Any) -> None:
+    file = tmp_path / "gpu.xml"
+    file.write_text(
+        "<testsuites><testsuite><testcase name='test_graph[a]'/><testcase name='test_graph[b]'><failure message='x'/></testcase>"
+        "<testcase name='test_graph[c]'><skipped/></testcase></testsuite></testsuites>"
+    )
+    assert bars.outcomes([file]) == {"test_graph[a]": True, "test_graph[b]": False}
+
+
+def test_results_print_and_draw(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        row("gae", "512x4096", "fastrlhf cuda", 2e-5, p20_s=2e-5, p80_s=2e-5, of_floor=0.7, GB_per_s=2100.0, max_error=1e-6),
+        row("gae", "512x4096", "torch loop", 2e-1, p20_s=2e-1, p80_s=2e-1, slower_than_ours=1e4),
+    ]
+    report.print_case(rows)
+    assert "20.0 us" in capsys.readouterr().out.splitlines()[-1]
+    file = tmp_path / "gpu.json"
+    report.save(file, {"copy": 3e12}, rows, {"gpu": "a GPU", "revision": "abc"})
+    assert json.loads(file.read_text())["machine"]["revision"] == "abc"
+    assert report.markdown(file).startswith("a GPU, ")
+    pytest.importorskip("matplotlib")
+    report.plot(tmp_path / "a.png", rows)
+    report.plot_floor(tmp_path / "b.png", rows)
+    assert (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", "--device", "cuda"])
+    assert main() == 1 and "no GPU here" in capsys.readouterr().out
