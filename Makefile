@@ -11,9 +11,9 @@ BIN := $(VENV)/bin
 TORCH ?= $(shell [ -e /dev/nvidiactl ] && echo torch || echo torch==2.13.0)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-SOURCES := $(shell find src kernels python cmake -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cmake') CMakeLists.txt pyproject.toml
+SOURCES := $(shell find src kernels python cmake -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake') CMakeLists.txt pyproject.toml
 
-.PHONY: quickstart test slow-test peers lint bench gpu-check wheel clean
+.PHONY: quickstart test slow-test gpu-kernel-test peers lint bench gpu-check wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/fastrlhf chain examples/arithmetic/chain.yaml --directory build/quickstart
@@ -23,6 +23,11 @@ test: $(VENV)/.installed
 
 slow-test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+# The GPU kernels without a GPU: CUDA's sources built for the host and run thread by thread, Triton's on its interpreter.
+gpu-kernel-test: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/ops --kernels cuda
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops --kernels triton
 
 # What people use today, to test and benchmark against. verl first: it holds transformers back.
 peers: $(VENV)/.peers
@@ -54,7 +59,7 @@ $(VENV)/.torch: $(VENV)/.venv
 	touch $@
 
 # Not editable: what is tested is what a user installs.
-$(VENV)/.installed: $(VENV)/.torch $(SOURCES) $(shell find python kernels -name '*.py')
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES) $(shell find python kernels -name '*.py' -o -name '*.json')
 	$(PIP) install '.[test,bench]' -Cbuild-dir=build/make
 	touch $@
 
