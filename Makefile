@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 SOURCES := $(shell find src kernels python cmake -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake') CMakeLists.txt pyproject.toml
 
-.PHONY: quickstart test slow-test gpu-kernel-test peers lint bench gpu-check wheel clean
+.PHONY: quickstart test slow-test gpu-kernel-test triton-test cuda-host-test ahead-of-time peers lint bench gpu-check wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/fastrlhf chain examples/arithmetic/chain.yaml --directory build/quickstart
@@ -24,10 +24,18 @@ test: $(VENV)/.installed
 slow-test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
-# The GPU kernels without a GPU: CUDA's sources built for the host and run thread by thread, Triton's on its interpreter.
-gpu-kernel-test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/ops --kernels cuda
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops --kernels triton
+# The GPU kernels without a GPU: CUDA's sources built for the host and run thread by thread, Triton's on its interpreter, and
+# compiled ahead of time. One core each: make -j2 -O gpu-kernel-test
+gpu-kernel-test: triton-test cuda-host-test ahead-of-time
+
+triton-test: $(VENV)/.installed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops --kernels triton
+
+cuda-host-test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops --kernels cuda
+
+ahead-of-time: $(VENV)/.installed
+	$(BIN)/python scripts/ahead_of_time.py --processes 1
 
 # What people use today, to test and benchmark against. verl first: it holds transformers back.
 peers: $(VENV)/.peers
