@@ -1,6 +1,6 @@
 """What each CUDA kernel takes of a multiprocessor, read off the built object:
 
-    python scripts/cuda_resources.py path/to/_cuda*.so [--out FILE]
+    python scripts/cuda_resources.py path/to/_cuda*.so [more objects] [--out FILE]
 
 Registers, stack and static shared memory by kernel and architecture, as `cuobjdump --dump-resource-usage` gives them. Exits
 with 1 where a kernel has a stack frame, which is where spilled registers go, without a reason in STACK_ALLOWED."""
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,10 +54,8 @@ def demangled(names: list[str]) -> list[str]:
         text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return names
-    return [
-        re.sub(r"fastrlhf::gpu::\(anonymous namespace\)::|fastrlhf::|void |\(\w+\)", "", n.split("(fastrlhf")[0])
-        for n in text.splitlines()
-    ]
+    noise = r"fastrlhf::gpu::\(anonymous namespace\)::|\(fastrlhf::\w+\)|fastrlhf::|void "
+    return [re.sub(noise, "", name).split("(")[0] for name in text.splitlines()]
 
 
 def broken(rows: list[dict[str, object]]) -> list[str]:
@@ -86,17 +85,26 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def cuobjdump() -> str:
+    """The toolkit's, or the one that comes with Triton."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    import triton
+
+    return str(triton.knobs.nvidia.cuobjdump.path)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("object", type=Path)
+    parser.add_argument("objects", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
-    report = subprocess.run(
-        ["cuobjdump", "--dump-resource-usage", str(arguments.object)], capture_output=True, text=True, check=True
-    ).stdout
-    rows = parse(report)
+    rows = []
+    for file in arguments.objects:
+        command = [cuobjdump(), "--dump-resource-usage", str(file)]
+        rows += parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     if not rows:
-        print(f"{arguments.object}: no kernels")
+        print("no kernels in", *arguments.objects)
         return 1
     for row, name in zip(rows, demangled([str(r["kernel"]) for r in rows]), strict=True):
         row["kernel"] = name

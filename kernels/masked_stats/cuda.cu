@@ -23,7 +23,7 @@ __device__ __forceinline__ void load_unit(const Place& place, const Array& x, co
   }
 }
 
-__global__ void __launch_bounds__(unit_threads) moments_kernel(MomentsArgs a, double* partials, int* counter, double* out, float* variance, bool unbiased) {
+__global__ void __launch_bounds__(unit_threads, 1) moments_kernel(MomentsArgs a, double* partials, int* counter, double* out, float* variance, bool unbiased) {
   double* space = reinterpret_cast<double*>(block_memory());
   const Place place{&a.rows, 0, true};
   float x[1][thread_groups][group], m[thread_groups][group];
@@ -50,7 +50,7 @@ __device__ __forceinline__ void write_row_sum(const RowSumsArgs& a, int64_t b, d
 }
 
 // Padded rows are cut into units, whose partial sums the last block adds row by row; a segment of a pack is one block's.
-__global__ void __launch_bounds__(unit_threads) row_sums_kernel(RowSumsArgs a, int64_t units, double* partials, int* counter) {
+__global__ void __launch_bounds__(unit_threads, 1) row_sums_kernel(RowSumsArgs a, int64_t units, double* partials, int* counter) {
   double* space = reinterpret_cast<double*>(block_memory());
   const bool packed = a.rows.cu_seqlens != nullptr;
   const int64_t b = packed ? blockIdx.x : blockIdx.x / units, unit = packed ? 0 : blockIdx.x % units;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(unit_threads) row_sums_kernel(RowSumsArgs a, i
   }
 }
 
-__global__ void __launch_bounds__(unit_threads) standardize_kernel(StandardizeArgs a, const double* moments, bool shift_mean, bool unbiased, double eps) {
+__global__ void __launch_bounds__(unit_threads, 1) standardize_kernel(StandardizeArgs a, const double* moments, bool shift_mean, bool unbiased, double eps) {
   const double n = moments[0], mean = moments[1], over = unbiased ? n - 1 : n;
   const double spread = (over > 0 ? moments[2] / over : 0) + eps;
   const float shift = static_cast<float>(mean), scale = spread > 0 ? static_cast<float>(1 / sqrt(spread)) : 0.f, back = shift_mean ? 0.f : shift;

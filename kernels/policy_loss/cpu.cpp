@@ -123,7 +123,7 @@ void policy_loss_as(const PolicyArgs& a) {
   });
   PolicySums all;
   for (int64_t u = 0; u < units.size(); ++u) all.add(sums[u]);
-  all.write(share, [&](int i, double value) { a.result[i] = value; });
+  PolicySums::write(all.at, share, [&](int i, double value) { a.result[i] = value; });
 }
 
 }  // namespace

@@ -84,7 +84,7 @@ __device__ __forceinline__ RowPlan plan_row(const PolicyArgs& a, const Place& pl
 }
 
 template <PolicyKind kind, bool ByRow>
-__global__ void __launch_bounds__(unit_threads) policy_kernel(PolicyArgs a, cuda::LossResults results, double* partials, int* counter) {
+__global__ void __launch_bounds__(unit_threads, 1) policy_kernel(PolicyArgs a, cuda::LossResults results, double* partials, int* counter) {
   double* space = reinterpret_cast<double*>(block_memory());
   const Place place{&a.rows, static_cast<int64_t>(blockIdx.x), !ByRow};
   TokenSums<Lane> sums;
@@ -115,13 +115,12 @@ __global__ void __launch_bounds__(unit_threads) policy_kernel(PolicyArgs a, cuda
     for (int i = 0; i < partial_size; ++i) all[i] = reduce_policy(i, all[i], load_shared_by_blocks(partials + p * partial_size + i));
   block_reduce(all, space, reduce_policy);
   if (threadIdx.x != 0) return;
-  PolicySums total;
 #pragma unroll
-  for (int i = 0; i < PolicySums::size; ++i) total.at[i] = all[i];
+  for (int i = 0; i < PolicySums::size; ++i) space[i] = all[i];  // indexed below: in registers it could not be
   Totals totals;
   totals.tokens = all[9], totals.sequences = all[PolicySums::size];
   const double share = share_of(a.reduction, results.denominator ? *results.denominator : a.denominator, totals, longest_row(a.rows));
-  total.write(share, [&](int i, double value) { *(i == 0 ? results.loss : results.stats + i - 1) = static_cast<float>(value); });
+  PolicySums::write(space, share, [&](int i, double value) { *(i == 0 ? results.loss : results.stats + i - 1) = static_cast<float>(value); });
   *results.share = static_cast<float>(share);
 }
 

@@ -256,7 +256,7 @@ struct PolicySums {
 
   // set(i, value): the loss, then the statistics of kernels/policy_loss/reference.py.
   template <class Set>
-  FASTRLHF_HOST_DEVICE void write(double share, Set&& set) const {
+  FASTRLHF_HOST_DEVICE static void write(const double* at, double share, Set&& set) {
     const double tokens = at[9];
     const bool any = tokens != 0;
     const double over = any ? 1 / tokens : 0;

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.policy_loss import reference
+from ..kernels.policy_loss.reference import RolloutCorrection
 from . import checks, value_checks
 from .backend import (
     DTYPES,
@@ -24,7 +25,7 @@ from .backend import (
 )
 from .logprobs import logprobs, native_arguments
 from .masked_stats import row_sums
-from .policy_loss import RolloutCorrection, Settings, policy_loss, settings
+from .policy_loss import Settings, policy_loss, settings
 from .stats import LossStats
 
 _BY_TOKEN = ("ppo", "reinforce", "cispo", "sapo")
