@@ -84,7 +84,7 @@ __device__ __forceinline__ RowPlan plan_row(const PolicyArgs& a, const Place& pl
 }
 
 template <PolicyKind kind, bool ByRow>
-__global__ void __launch_bounds__(unit_threads, 1) policy_kernel(PolicyArgs a, cuda::LossResults results, double* partials, int* counter) {
+__global__ void __launch_bounds__(unit_threads, ByRow ? 1 : 3) policy_kernel(PolicyArgs a, cuda::LossResults results, double* partials, int* counter) {
   double* space = reinterpret_cast<double*>(block_memory());
   const Place place{&a.rows, static_cast<int64_t>(blockIdx.x), !ByRow};
   TokenSums<Lane> sums;
