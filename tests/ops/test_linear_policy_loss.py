@@ -51,7 +51,9 @@ def both(backend, dtype, options, change=None, **more):
     for one_step in (True, False):
         h, w, b = (t.clone().requires_grad_() for t in (hidden, weight, bias))
         if one_step:
-            out = fastrlhf.linear_policy_loss(h, w, labels, *tokens.values(), bias=b, backend=backend, **head, **options, **more)
+            out = fastrlhf.linear_policy_loss(
+                h, w, labels, *tokens.values(), bias=b, backend=backend, **head, **options, **more
+            )
         else:
             lp = fastrlhf.linear_logprobs(h, w, labels, bias=b, entropy=True, backend=backend, **head)
             out = fastrlhf.policy_loss(lp.logprobs, *tokens.values(), entropy=lp.entropy, backend=backend, **options)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.linear_logprobs import chunked, reference
 from ..kernels.linear_logprobs.chunked import Tile, Tiles
 from . import checks, value_checks
-from .backend import DTYPES, FLOATS, address, choose, empty, extension, matrix, result_dtype, threads
+from .backend import DTYPES, FLOATS, address, choose, empty, extension, matrix, result_dtype, threads, with_rows
 from .distributed import all_gather
 from .library import Op, present
 from .logprobs import Call, Kept, Logprobs, combine, differentiate, fold, kept_parts, of_logits, softmax_options
@@ -77,6 +77,8 @@ def linear_logprobs(
         value_checks.labels(labels, total, ignore_index)
         value_checks.temperatures(temperatures)
         value_checks.kept(indptr, indices, total)
+    if hidden.dim() > 3:
+        hidden = hidden.contiguous()
     narrow = weight_grad_dtype not in (torch.float32, torch.float64)
     arguments = (
         hidden, weight, bias, labels.contiguous(), temperatures, mask, indptr, indices, float(temperature), softcap or 0.0,
@@ -176,7 +178,7 @@ class HeadCall(NamedTuple):
         kept = (address(self.kept_mask), address(self.kept_indptr), address(self.kept_indices), count, self.vocab_total)
         scaling = (self.temperature, address(self.temperatures), self.softcap)
         bias = (address(self.bias), 0 if self.bias is None else DTYPES[self.bias.dtype])
-        return matrix(self.flat), matrix(self.weight), bias, sizes, labels, scaling, kept
+        return matrix(with_rows(self.hidden)), matrix(self.weight), bias, sizes, labels, scaling, kept
 
 
 class Results(NamedTuple):

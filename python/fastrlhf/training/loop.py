@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import REQUIRED, option, to_dict, to_yaml
 from ..errors import CheckpointError, ConfigError, UserError
 from .checkpoint import Checkpoints, restore_rng, rng_tensors
-from .memory import keep_freed_memory
+from .memory import PeakMemory, keep_freed_memory
 from .metrics import METRICS, SAMPLES, TABLES, Metrics, Value, read_lines
 from .optim import NotFinite
 from .progress import Progress, Silent
@@ -162,6 +162,7 @@ def fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress | 
         if not done:
             evaluate(0)
         algorithm.timers.pop()
+        memory = PeakMemory()
         with _interrupts() as interrupted:
             while done < algorithm.steps:
                 begun = time.monotonic()
@@ -173,7 +174,7 @@ def fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress | 
                         error, done, save if not algorithm.touched else None, before, rng, saved, checkpoints
                     ) from error
                 done += 1
-                numbers = metrics.log(done, values | algorithm.timers.pop())
+                numbers = metrics.log(done, values | algorithm.timers.pop() | memory.pop())
                 progress.step(done, numbers)
                 if rows := algorithm.samples():
                     metrics.samples(done, rows)
