@@ -128,9 +128,9 @@ def test_small_workspaces_change_no_log_prob(backend):
         results.append((out, h.grad, w.grad))
     for out, gh, gw in results[1:]:
         for a, b in zip(out, results[0][0], strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+            torch.testing.assert_close(a, b, rtol=0, atol=4e-6)
         torch.testing.assert_close(gh, results[0][1], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(gw, results[0][2], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gw, results[0][2], rtol=1e-5, atol=3e-6)
 
 
 def test_halves_are_summed_in_float32_where_rows_come_in_blocks(compiled):

@@ -37,6 +37,7 @@ def linear_policy_loss(
     vocab_parallel: Any = None,
     workspace_bytes: int = WORKSPACE,
     weight_grad_dtype: torch.dtype = torch.float32,
+    workspace_dtype: torch.dtype = torch.float32,
     kind: str = "ppo",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -65,7 +66,7 @@ def linear_policy_loss(
 
     Args:
         hidden: (B, T, H), packed (total, H) with `cu_seqlens`, or (T, H). weight, labels, bias, temperature, softcap,
-            ignore_index, kept, vocab_parallel, weight_grad_dtype: as for `linear_logprobs`; one label a row.
+            ignore_index, kept, vocab_parallel, weight_grad_dtype, workspace_dtype: as for `linear_logprobs`; one label a row.
         mask: the leading shape; None counts every row whose label is not ignore_index. A row where it is 0 costs nothing.
         workspace_bytes: the logits of a block of rows lie in it, at least one panel of rows.
         kind: a token-level one: ppo, reinforce (gpg), cispo, sapo. The rest: as for `policy_loss`; the entropy that
@@ -83,7 +84,9 @@ def linear_policy_loss(
             f"kind: expected one of {BY_TOKEN}, got {kind!r}; a sequence-level loss needs every log-prob of a sequence first: "
             "policy_loss(linear_logprobs(...).logprobs, ...)"
         )
-    backend = head_inputs("linear_policy_loss", hidden, weight, bias, workspace_bytes, weight_grad_dtype, backend)
+    backend = head_inputs(
+        "linear_policy_loss", hidden, weight, bias, workspace_bytes, weight_grad_dtype, workspace_dtype, backend
+    )
     lead, vocab = hidden.shape[:-1], weight.shape[0]
     if labels.shape != lead:
         raise ValueError(f"labels: expected shape {tuple(lead)}, got {checks.shape_of(labels)}")
@@ -122,7 +125,7 @@ def linear_policy_loss(
     call = HeadCall(
         hidden.detach(), weight.detach(), None if bias is None else bias.detach(), counted, temperatures, kept_mask,
         indptr, indices, float(temperature), softcap or 0.0, ignore_index, start, total, workspace_bytes,
-        weight_grad_dtype not in (torch.float32, torch.float64),
+        weight_grad_dtype not in (torch.float32, torch.float64), workspace_dtype == torch.bfloat16,
     )  # fmt: skip
     tokens = _Tokens(old_logprobs, advantages, mask, loss_options, over)
     loss, values = _InForward.apply(hidden, weight, bias, call, tokens, parallel.group if parallel else None, backend)
@@ -303,10 +306,11 @@ class _Sums:
             hidden = (
                 torch.zeros(call.flat.shape, dtype=torch.float32, device=logits.device) if self.hidden is not None else None
             )
+            whole = Tiles(call.rows, call.weight.shape[0], call.rows, call.weight.shape[0])
             chunked.backward(
-                call.flat, call.weight, call.bias, Tiles(call.rows, call.weight.shape[0], call.rows, call.weight.shape[0]),
+                call.flat.masked_fill(call.ignored, 0), call.weight, call.bias, whole,
                 lambda x, tile: differentiate(call.of(x, tile), results, grads, tile.rows, self.backend),
-                hidden, self.weight, self.bias, stored=logits,
+                hidden, self.weight, self.bias, stored=logits, round_to=call.round_to,
             )  # fmt: skip
         if self.hidden is not None and hidden is not None:
             self.hidden[rows] = hidden.to(self.hidden.dtype)
