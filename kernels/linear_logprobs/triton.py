@@ -17,7 +17,7 @@ from ..logprobs.triton import soft_capped
 TILES_OF_A_PART = 32  # columns of a part over columns of a tile: what a program folds in single precision
 
 
-@triton.jit(do_not_specialize=["rows", "vocab", "width", "blocks", "columns_of_part", "ignore_index", "vocab_start"])
+@triton.jit(do_not_specialize=["rows", "vocab", "blocks", "columns_of_part", "ignore_index", "vocab_start"])
 def _partials(
     hidden, weight, bias, labels, temperatures, order, count, partials, rows, vocab, width, hidden_stride, weight_stride, scale,
     softcap, blocks, columns_of_part, vocab_start, CAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
