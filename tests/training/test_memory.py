@@ -32,7 +32,9 @@ def test_freed_memory_is_used_again() -> None:
     assert kept < 100 < usual or usual <= 100  # where huge pages serve them there is little to save
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or platform.system() != "Linux", reason="the process's resident memory is not asked")
+@pytest.mark.skipif(
+    torch.cuda.is_available() or platform.system() != "Linux", reason="the process's resident memory is not asked"
+)
 def test_peak_of_each_step() -> None:
     peak = PeakMemory()
     low = peak.pop()["peak_memory_gb"]

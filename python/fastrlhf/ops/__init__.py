@@ -7,6 +7,7 @@ from .group_advantages import group_advantages
 from .kl import AdaptiveKL, FixedKL, kl, kl_full
 from .linear_logprobs import linear_logprobs
 from .linear_policy_loss import linear_policy_loss
+from .linear_scores import Scores, linear_scores
 from .logits_policy_loss import LogitsPolicyLoss, logits_policy_loss
 from .logprobs import Logprobs, VocabParallel, logprobs
 from .masked_stats import masked_mean, masked_var, whiten
@@ -20,8 +21,8 @@ from .value_loss import ValueLoss, value_loss
 
 __all__ = [
     "AdaptiveKL", "Experience", "FixedKL", "LogitsPolicyLoss", "Logprobs", "LossStats", "PolicyLoss", "PreferenceLoss",
-    "RegressionLoss", "RolloutCorrection", "Sample", "ValueLoss", "VocabParallel", "discounted_returns", "experience", "gae",
-    "group_advantages", "kl", "kl_full", "linear_logprobs", "linear_policy_loss", "logits_policy_loss", "logprobs",
-    "masked_mean", "masked_var", "policy_loss", "preference_loss", "regression_loss", "reward_loss", "sample",
-    "sequence_logprobs", "shape_rewards", "value_loss", "whiten",
+    "RegressionLoss", "RolloutCorrection", "Sample", "Scores", "ValueLoss", "VocabParallel", "discounted_returns",
+    "experience", "gae", "group_advantages", "kl", "kl_full", "linear_logprobs", "linear_policy_loss", "linear_scores",
+    "logits_policy_loss", "logprobs", "masked_mean", "masked_var", "policy_loss", "preference_loss", "regression_loss",
+    "reward_loss", "sample", "sequence_logprobs", "shape_rewards", "value_loss", "whiten",
 ]  # fmt: skip
