@@ -5,18 +5,16 @@
 #include <type_traits>
 
 #include "common/cuda/block.cuh"
+#include "common/cuda/tile_layout.h"
 #include "linear_logprobs/args.h"
 #include "logprobs/row.cuh"
 
 namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
 
-constexpr int fragment_size = 128, row_part = 64;
+constexpr int row_part = fragment_size / 2;
 
 struct alignas(8) Bytes8 { float x, y; };
 
-// Row and column of a thread's i-th accumulator.
-FASTRLHF_HOST_DEVICE constexpr int fragment_row(int thread, int i) { return 16 * (thread / 32) + thread % 32 / 4 + 8 * (i / 2 % 2); }
-FASTRLHF_HOST_DEVICE constexpr int fragment_column(int thread, int i) { return 8 * (i / 4) + 2 * (thread % 4) + i % 2; }
 // The e-th of the 64 in one of the thread's two rows, which lies e_column(e) to the right of the thread's first.
 FASTRLHF_HOST_DEVICE constexpr int fragment_index(int half, int e) { return 4 * (e / 2) + 2 * half + e % 2; }
 FASTRLHF_HOST_DEVICE constexpr int e_column(int e) { return 8 * (e / 2) + e % 2; }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cluster.cuh"
+#include "tile_layout.h"
 
 #if defined(FASTRLHF_CUDA_HOST)
 #include "common/half.h"
@@ -17,7 +18,6 @@
 #endif
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
-#include <cute/arch/mma_sm90_desc.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cutlass/arch/reg_reconfig.h>
 
@@ -25,9 +25,6 @@
 #endif
 
 namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
-
-constexpr int tile_depth = 64;       // columns of a tile: 128 bytes
-constexpr int product_depth = 16;    // columns of one product
 
 // Rows of a bfloat16 matrix in memory, as tensor copies see it: outside of it there are zeros.
 #if defined(FASTRLHF_CUDA_HOST)
@@ -42,11 +39,7 @@ inline int encode_tensor_map(TensorMap& map, const void* data, int64_t rows, int
   return 0;
 }
 
-// Where the byte at `p` lies: bits 4 to 6 of an address are mixed with bits 7 to 9.
-inline uint16_t* swizzled(void* p) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
-  return reinterpret_cast<uint16_t*>(address ^ ((address >> 7 & 7) << 4));
-}
+inline uint16_t* swizzled(uint16_t* p) { return reinterpret_cast<uint16_t*>(swizzled_address(reinterpret_cast<uintptr_t>(p))); }
 
 inline void tensor_prefetch(const TensorMap&) {}
 // `blocks`: a bit for each block of the cluster that gets the tile, in the same place, and the bytes counted at the same barrier.
@@ -75,23 +68,20 @@ inline void take_registers() {}
 template <int registers>
 inline void give_registers() {}
 
-// d = a b^T, or d + a b^T: 64 x 16 by 256 x 16, both as they lie in a tile. The i-th of a thread's 128 is at row
-// 16 warp + lane / 4 + 8 (i / 2 % 2) and column 8 (i / 4) + 2 (lane % 4) + i % 2.
-inline void product(float (&d)[128], uint64_t a, uint64_t b, bool add) {
+// d = a b^T, or d + a b^T: 64 x 16 by 256 x 16, both as they lie in a tile.
+inline void product(float (&d)[fragment_size], uint64_t a, uint64_t b, bool add) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   for (int half = 0; half < 2; ++half) {
-    const int row = 16 * (thread / 32) + thread % 32 / 4 + 8 * half;
+    const int row = fragment_row(thread, 2 * half);
     float x[product_depth];
     for (int k = 0; k < product_depth; ++k) x[k] = bf16_to_float(*swizzled(reinterpret_cast<uint16_t*>(a) + row * tile_depth + k));
-    for (int j = 0; j < 64; ++j) {
-      const int column = 8 * (j / 2) + 2 * (thread % 4) + j % 2;
-      float& to = d[4 * (j / 2) + 2 * half + j % 2];
-      float sum = add ? to : 0.f;
+    for (int i = 2 * half; i < fragment_size; i += i % 2 ? 3 : 1) {
+      float sum = add ? d[i] : 0.f;
       for (int k = 0; k < product_depth; k += 8) {  // 16 bytes stay together
-        const uint16_t* y = swizzled(reinterpret_cast<uint16_t*>(b) + column * tile_depth + k);
-        for (int i = 0; i < 8; ++i) sum += x[k + i] * bf16_to_float(y[i]);
+        const uint16_t* y = swizzled(reinterpret_cast<uint16_t*>(b) + fragment_column(thread, i) * tile_depth + k);
+        for (int j = 0; j < 8; ++j) sum += x[k + j] * bf16_to_float(y[j]);
       }
-      to = sum;
+      d[i] = sum;
     }
   }
 }
@@ -135,16 +125,7 @@ __device__ __forceinline__ void tensor_load(const TensorMap& map, uint16_t* to, 
   else cute::SM90_TMA_LOAD_2D::copy(&map, barrier, hint, to, column, row);
 }
 
-// A tile's rows follow each other at 128 bytes, groups of 8 at 1024.
-__device__ __forceinline__ uint64_t operand(const uint16_t* tile) {
-  cute::GmmaDescriptor d;
-  d.bitfield.start_address_ = static_cast<uint16_t>(shared_address(tile) >> 4);
-  d.bitfield.leading_byte_offset_ = 1;
-  d.bitfield.stride_byte_offset_ = 1024 >> 4;
-  d.bitfield.base_offset_ = 0;
-  d.bitfield.layout_type_ = static_cast<uint8_t>(cute::SM90::GMMA::LayoutType::B128);
-  return d.desc_;
-}
+__device__ __forceinline__ uint64_t operand(const uint16_t* tile) { return operand_descriptor(shared_address(tile)); }
 // No access to the accumulators may move past this.
 template <int n>
 __device__ __forceinline__ void product_fence(float (&d)[n]) {
@@ -161,14 +142,13 @@ template <int registers>
 __device__ __forceinline__ void give_registers() { cutlass::arch::warpgroup_reg_dealloc<registers>(); }
 
 template <size_t... i>
-__device__ __forceinline__ void product_of(float (&d)[128], uint64_t a, uint64_t b, bool add, std::index_sequence<i...>) {
+__device__ __forceinline__ void product_of(float (&d)[fragment_size], uint64_t a, uint64_t b, bool add, std::index_sequence<i...>) {
   using namespace cute::SM90::GMMA;
   MMA_64x256x16_F32BF16BF16_SS<Major::K, Major::K>::fma(a, b, d[i]..., add ? ScaleOut::One : ScaleOut::Zero);
 }
-// d = a b^T, or d + a b^T: 64 x 16 by 256 x 16, both as they lie in a tile. The i-th of a thread's 128 is at row
-// 16 warp + lane / 4 + 8 (i / 2 % 2) and column 8 (i / 4) + 2 (lane % 4) + i % 2.
-__device__ __forceinline__ void product(float (&d)[128], uint64_t a, uint64_t b, bool add) {
-  product_of(d, a, b, add, std::make_index_sequence<128>());
+// d = a b^T, or d + a b^T: 64 x 16 by 256 x 16, both as they lie in a tile.
+__device__ __forceinline__ void product(float (&d)[fragment_size], uint64_t a, uint64_t b, bool add) {
+  product_of(d, a, b, add, std::make_index_sequence<fragment_size>());
 }
 #endif
 #endif
