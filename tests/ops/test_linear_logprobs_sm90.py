@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.linear_head import Grads, Head, available, filled, head
+from bench.linear_head import Grads, Head, available, filled, head
 from tests.oracle import assert_accurate, assert_gradient_accurate
 
 
@@ -205,7 +205,7 @@ def test_what_is_refused() -> None:
     h = head(4, 16, 64)
     with pytest.raises(ValueError, match="hidden: expected rows at multiples of 16 bytes, got a row stride of 63"):
         Head(torch.zeros(4, 63).bfloat16(), h.weight, h.labels).partials()
-    with pytest.raises(ValueError, match="weight: expected rows at multiples of 16 bytes, got .* 2 bytes past one"):
+    with pytest.raises(ValueError, match=r"weight: expected rows at multiples of 16 bytes, got .* 2 bytes past one"):
         Head(h.hidden, torch.zeros(16, 72).bfloat16()[:, 1:65], h.labels).partials()
     with pytest.raises(TypeError, match="hidden: expected bfloat16"):
         Head(h.hidden.float(), h.weight, h.labels).partials()

@@ -23,8 +23,11 @@ def cutlass() -> Path | None:
 
 
 def toolkit() -> Path | None:
-    nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
-    return next((p for p in (Path(nvcc).resolve().parents[1] / "include",) if p.exists()), None) if nvcc else None
+    """The folder of CUDA's headers. nvcc on the PATH may be a script elsewhere."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), Path(nvcc).resolve().parents[1] if nvcc else None, "/usr/local/cuda"]
+    folders = [Path(h) / "include" for h in homes if h]
+    return next((f for f in folders if (f / "cccl").exists()), None)
 
 
 def test_tiles_lie_as_cute_says(tmp_path: Path) -> None:
@@ -37,5 +40,7 @@ def test_tiles_lie_as_cute_says(tmp_path: Path) -> None:
     source = ROOT / "tests/cuda_host/layouts.cpp"
     subprocess.run([compiler, "-std=c++17", "-w", *(f"-I{f}" for f in folders), str(source), "-o", str(program)], check=True)
     out = subprocess.run([program], capture_output=True, text=True, check=True).stdout
-    lines = [line for line in out.splitlines() if not line.startswith("ERROR: cast_smem_ptr_to_uint")]  # CuTe's, off a device
+    lines = [
+        line for line in out.splitlines() if not line.startswith("ERROR: cast_smem_ptr_to_uint")
+    ]  # CuTe's, where there is no device
     assert lines == ["fragment 0", "swizzle 0", "descriptor 0"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,11 @@ def filled(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.floa
     return torch.full(shape, torch.nan, dtype=dtype, device=like.device)
 
 
+def unfilled(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """For what is timed."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
 @dataclass
 class Head:
     hidden: Tensor  # (N, H) bfloat16
@@ -40,6 +46,7 @@ class Head:
     vocab_start: int = 0
     ignore_index: int = -100
     row_count: Tensor | None = None
+    allocate: Callable[..., Tensor] = filled
 
     def rows(self, which: slice) -> Head:
         picked = {"hidden": self.hidden[which], "labels": self.labels[which]}
@@ -49,9 +56,7 @@ class Head:
 
     def columns(self, start: int, end: int) -> Head:
         bias = None if self.bias is None else self.bias[start:end]
-        return Head(
-            **self.__dict__ | {"weight": self.weight[start:end], "bias": bias, "vocab_start": self.vocab_start + start}
-        )
+        return Head(**self.__dict__ | {"weight": self.weight[start:end], "bias": bias, "vocab_start": self.vocab_start + start})
 
     def arguments(self) -> tuple[Any, ...]:
         code = backends.DTYPES
@@ -72,12 +77,12 @@ class Head:
         """(parts, N, 4)"""
         kernels = backends.cuda_extension()
         if out is None:
-            out = filled((kernels.linear_logprobs_parts(len(self.weight)), len(self.hidden), 4), self.hidden)
+            out = self.allocate((kernels.linear_logprobs_parts(len(self.weight)), len(self.hidden), 4), self.hidden)
         kernels.linear_logprobs_partials(*self.arguments(), out.data_ptr(), backends.raw_stream(self.hidden))
         return out
 
     def combined(self, partials: Tensor) -> Statistics:
-        out = [filled((len(self.hidden),), self.hidden) for _ in range(5)]
+        out = [self.allocate((len(self.hidden),), self.hidden) for _ in range(5)]
         backends.cuda_extension().logprobs_combine(
             (0, 0, 1, 0, 0), len(self.hidden), len(self.weight), self._labels(), self._scaling(),
             tuple(t.data_ptr() for t in out), partials.data_ptr(), len(partials), backends.raw_stream(self.hidden),
@@ -87,12 +92,10 @@ class Head:
     def statistics(self) -> Statistics:
         return self.combined(self.partials())
 
-    def gradient(
-        self, of: Statistics, grads: Grads, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None
-    ) -> Tensor:
+    def gradient(self, of: Statistics, grads: Grads, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None) -> Tensor:
         """(N, V) of a workspace whose rows begin at multiples of 16 bytes."""
         if out is None:
-            out = filled((len(self.hidden), -(-len(self.weight) // 8) * 8 + 8), self.hidden, dtype)
+            out = self.allocate((len(self.hidden), -(-len(self.weight) // 8) * 8 + 8), self.hidden, dtype)
         backends.cuda_extension().linear_logprobs_strip_gradient(
             *self.arguments(), (0, of[1].data_ptr(), 0, of[3].data_ptr(), of[4].data_ptr()),
             tuple(backends.address(g) for g in grads), (out.data_ptr(), backends.DTYPES[out.dtype], out.stride(0)),
