@@ -47,12 +47,8 @@ __device__ __forceinline__ void logits_of(const LinearLogprobsArgs& a, const flo
 }
 
 __device__ __forceinline__ float highest_of_quad(float x) {
-#pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const float other = __shfl_xor_sync(all_lanes, x, distance);
-    if (!(other <= x)) x = other;  // NaN too
-  }
-  return x;
+  x = fmaxf(x, __shfl_xor_sync(all_lanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(all_lanes, x, 2));
 }
 __device__ __forceinline__ float sum_of_quad(float x) {
   x += __shfl_xor_sync(all_lanes, x, 1);
@@ -102,9 +98,7 @@ struct PartStatistics {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       Row& r = rows[h];
-      float high = r.state.max;
-#pragma unroll
-      for (int distance = 1; distance <= 2; distance *= 2) high = fmaxf(high, __shfl_xor_sync(all_lanes, high, distance));
+      const float high = highest_of_quad(r.state.max);
       r.state.move(high, r.c);
       const float sum = sum_of_quad(r.state.sum), weighted = sum_of_quad(r.state.weighted) * ln2, label = highest_of_quad(r.label);
       const int64_t at = row + 8 * h;
