@@ -103,6 +103,27 @@ class Head:
         )  # fmt: skip
         return out[:, : len(self.weight)]
 
+    def exponentials(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Partials (parts, N, 4), and what the gradient is made of: exponentials (N, V) bfloat16, references (tiles, N)."""
+        kernels, rows, vocab = backends.cuda_extension(), len(self.hidden), len(self.weight)
+        partials = self.allocate((kernels.linear_logprobs_parts(vocab), rows, 4), self.hidden)
+        kept = self.allocate((rows, -(-vocab // 8) * 8 + 8), self.hidden, torch.bfloat16)
+        references = self.allocate((-(-vocab // 256), rows), self.hidden)
+        kernels.linear_logprobs_exponentials(
+            *self.arguments(), partials.data_ptr(), (kept.data_ptr(), 1, kept.stride(0)), references.data_ptr(),
+            backends.raw_stream(self.hidden),
+        )  # fmt: skip
+        return partials, kept, references
+
+    def gradient_in_place(self, of: Statistics, grads: Grads, kept: Tensor, references: Tensor) -> Tensor:
+        _, _, shape, labels, scaling, _ = self.arguments()
+        backends.cuda_extension().linear_logprobs_exponentials_to_gradient(
+            shape, labels, scaling, (of[0].data_ptr(), of[1].data_ptr(), 0, of[3].data_ptr(), of[4].data_ptr()),
+            tuple(backends.address(g) for g in grads), (kept.data_ptr(), 1, kept.stride(0)), references.data_ptr(),
+            backends.raw_stream(self.hidden),
+        )  # fmt: skip
+        return kept[:, : len(self.weight)]
+
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Logits before the soft cap, a leaf, and logprobs, entropy and lse of them, by the definition. The bias is added in
         float32, as whoever holds float32 logits does."""

@@ -20,6 +20,14 @@ struct LinearLogprobsArgs {
   DType row_count_dtype = DType::i64;
 };
 
+// The forward of rows whose gradient comes next, without a second product: besides the partials,
+struct LinearLogprobsExponentialsArgs {
+  LinearLogprobsArgs linear;
+  void* exponentials = nullptr;         // (rows, vocab) bfloat16, e^((x - reference) / T)
+  int64_t stride = 0;                   // elements, a multiple of 16 bytes
+  float* references = nullptr;          // (tiles of 256 columns, rows)
+};
+
 struct LinearLogprobsGradientArgs {
   LinearLogprobsArgs linear;            // with the max, log_sum and entropies that `logprobs_combine` gave for the whole vocabulary
   const void* grad_logprobs = nullptr;  // (rows) or null, as the two others; float32
@@ -28,6 +36,15 @@ struct LinearLogprobsGradientArgs {
   void* grad = nullptr;                 // (rows, vocab), of the logits before bias and soft cap; rows that do not count get zeros
   DType grad_dtype = DType::bf16;       // or f32
   int64_t grad_stride = 0;              // elements, a multiple of 16 bytes
+};
+
+// The same gradient, in place of the exponentials. A label's own probability is taken from its log-prob: rounded, it would leave
+// nothing of 1 - p.
+struct ExponentialsToGradientArgs {
+  LinearLogprobsExponentialsArgs of;    // linear: without operands, with max, log_sum, entropies and logprobs
+  const void* grad_logprobs = nullptr;
+  const void* grad_entropy = nullptr;
+  const void* grad_lse = nullptr;
 };
 
 // How a vocabulary is cut into parts with statistics of their own: by its size alone, so that a row's bits depend on nothing else.

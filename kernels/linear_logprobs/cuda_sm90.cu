@@ -45,12 +45,6 @@ struct Plan {
   }
 };
 
-__device__ __forceinline__ int64_t counted_rows(const LinearLogprobsArgs& a) {
-  if (!a.row_count) return a.forward.rows;
-  const int64_t n = a.row_count_dtype == DType::i32 ? *static_cast<const int32_t*>(a.row_count) : *static_cast<const int64_t*>(a.row_count);
-  return n < 0 ? 0 : n < a.forward.rows ? n : a.forward.rows;
-}
-
 // A place in the ring of stages; the phase turns with every round.
 struct Turn {
   int stage = 0;
@@ -132,11 +126,37 @@ template <bool Plain>
 struct FoldParts {
   using Task = PartialsTask;
   static constexpr bool whole_parts = true;
-  PartStatistics<Plain> statistics;
+  PartStatistics<Plain, false> statistics;
 
   __device__ __forceinline__ void begin(const Task& t, int64_t row, int64_t count) { statistics.begin(t.linear, row, count); }
   __device__ __forceinline__ void tile(const Task& t, const float (&d)[fragment_size], int64_t, int64_t tile) {
-    statistics.add(t.linear, d, static_cast<int>(tile) * tile_columns + 2 * (lane_id() % 4));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float x[row_part];
+      statistics.add(t.linear, d, h, static_cast<int>(tile) * tile_columns, x);
+    }
+  }
+  __device__ __forceinline__ void end(const Task& t, int64_t part, int64_t row, int64_t count) { statistics.end(t.linear, part, row, count); }
+  __device__ __forceinline__ static void rest(const Task&, int64_t) {}
+};
+
+template <bool Plain>
+struct KeepExponentials {
+  using Task = LinearLogprobsExponentialsArgs;
+  static constexpr bool whole_parts = true;
+  PartStatistics<Plain, true> statistics;
+
+  __device__ __forceinline__ void begin(const Task& t, int64_t row, int64_t count) { statistics.begin(t.linear, row, count); }
+  __device__ __forceinline__ void tile(const Task& t, const float (&d)[fragment_size], int64_t row, int64_t tile) {
+    const LogprobsArgs& a = t.linear.forward;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float x[row_part];
+      statistics.add(t.linear, d, h, static_cast<int>(tile) * tile_columns, x);
+      const int64_t at = row + 8 * h;
+      store_part(static_cast<bf16*>(t.exponentials) + at * t.stride, x, static_cast<int>(tile) * tile_columns, static_cast<int>(a.vocab), at < a.rows);
+      if (at < a.rows && lane_id() % 4 == 0) t.references[tile * a.rows + at] = statistics.rows[h].state.max;
+    }
   }
   __device__ __forceinline__ void end(const Task& t, int64_t part, int64_t row, int64_t count) { statistics.end(t.linear, part, row, count); }
   __device__ __forceinline__ static void rest(const Task&, int64_t) {}
@@ -238,6 +258,10 @@ using namespace FASTRLHF_ISA;
 
 int linear_logprobs_partials(const LinearLogprobsArgs& a, const Launch& l) {
   return plain(a) ? launch_linear<FoldParts<true>>({a}, l) : launch_linear<FoldParts<false>>({a}, l);
+}
+
+int linear_logprobs_exponentials(const LinearLogprobsExponentialsArgs& e, const Launch& l) {
+  return plain(e.linear) ? launch_linear<KeepExponentials<true>>(e, l) : launch_linear<KeepExponentials<false>>(e, l);
 }
 
 int linear_logprobs_strip_gradient(const LinearLogprobsGradientArgs& g, const Launch& l) {

@@ -12,4 +12,8 @@ int linear_logprobs_partials(const LinearLogprobsArgs& a, const Launch& launch);
 // The gradient of the logits of these columns; hidden, weight and statistics as the forward had them.
 int linear_logprobs_strip_gradient(const LinearLogprobsGradientArgs& g, const Launch& launch);
 
+// As linear_logprobs_partials, keeping what it takes to make the gradient of these rows without multiplying again.
+int linear_logprobs_exponentials(const LinearLogprobsExponentialsArgs& e, const Launch& launch);
+int linear_logprobs_exponentials_to_gradient(const ExponentialsToGradientArgs& g, const Launch& launch);
+
 }}  // namespace

@@ -2,8 +2,6 @@
 // registers, half of them in each of two rows. A row lies in the 4 lanes of a quad.
 #pragma once
 
-#include <type_traits>
-
 #include "common/cuda/block.cuh"
 #include "common/cuda/tile_layout.h"
 #include "linear_logprobs/args.h"
@@ -18,6 +16,12 @@ struct alignas(8) Bytes8 { float x, y; };
 // The e-th of the 64 in one of the thread's two rows, which lies e_column(e) to the right of the thread's first.
 FASTRLHF_HOST_DEVICE constexpr int fragment_index(int half, int e) { return 4 * (e / 2) + 2 * half + e % 2; }
 FASTRLHF_HOST_DEVICE constexpr int e_column(int e) { return 8 * (e / 2) + e % 2; }
+
+__device__ __forceinline__ int64_t counted_rows(const LinearLogprobsArgs& a) {
+  if (!a.row_count) return a.forward.rows;
+  const int64_t n = a.row_count_dtype == DType::i32 ? *static_cast<const int32_t*>(a.row_count) : *static_cast<const int64_t*>(a.row_count);
+  return n < 0 ? 0 : n < a.forward.rows ? n : a.forward.rows;
+}
 
 __device__ __forceinline__ float bias_at(const LinearLogprobsArgs& a, int column) {
   switch (a.bias_dtype) {
@@ -55,60 +59,6 @@ __device__ __forceinline__ float sum_of_quad(float x) {
   return x + __shfl_xor_sync(all_lanes, x, 2);
 }
 
-// The statistics of a part of the vocabulary, for a thread's two rows.
-template <bool Plain>
-struct PartStatistics {
-  struct Row {
-    RowState state;
-    float c, label;
-    int y;  // the label's column here, or -1
-  } rows[2];
-
-  __device__ __forceinline__ void begin(const LinearLogprobsArgs& a, int64_t row, int64_t count) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      Row& r = rows[h];
-      const int64_t at = row + 8 * h;
-      r = Row{};
-      r.c = log2e, r.label = -INFINITY, r.y = -1;
-      if (at >= count) continue;
-      r.c = static_cast<float>(scale_of(a.forward, at) * static_cast<double>(log2e));
-      r.y = static_cast<int>(label_column(a.forward, at, 0));
-    }
-  }
-
-  __device__ __forceinline__ void add(const LinearLogprobsArgs& a, const float (&d)[fragment_size], int first) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      Row& r = rows[h];
-      float x[row_part];
-      logits_of<Plain>(a, d, h, first, x);
-      const int y = r.y - first;
-      if (r.y >= 0 && y >= 0 && y <= e_column(row_part - 1)) {
-#pragma unroll
-        for (int e = 0; e < row_part; ++e)
-          if (y == e_column(e)) r.label = x[e];
-      }
-      r.state.template add<true>(x, r.c);
-    }
-  }
-
-  // The quad's lanes merged; all 4 have the result.
-  __device__ __forceinline__ void end(const LinearLogprobsArgs& a, int64_t part, int64_t row, int64_t count) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      Row& r = rows[h];
-      const float high = highest_of_quad(r.state.max);
-      r.state.move(high, r.c);
-      const float sum = sum_of_quad(r.state.sum), weighted = sum_of_quad(r.state.weighted) * ln2, label = highest_of_quad(r.label);
-      const int64_t at = row + 8 * h;
-      if (at >= count || lane_id() % 4 != 0) continue;
-      float* out = static_cast<float*>(a.forward.partials) + 4 * (part * a.forward.rows + at);
-      out[0] = high, out[1] = sum, out[2] = weighted, out[3] = label;
-    }
-  }
-};
-
 // Four words a lane, turned around among the 4 lanes of a quad: lane q ends with the q-th of each.
 __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
 #pragma unroll
@@ -131,37 +81,144 @@ __device__ __forceinline__ uint32_t packed(float low, float high) {
   return a.bits | static_cast<uint32_t>(b.bits) << 16;
 }
 
-// The gradient of the logits of a tile, for a thread's two rows: the mathematics of the backward of `logprobs`.
-template <bool Plain, class S>
-struct TileGradient {
+// The thread's part of a row to where the row's columns from `tile` on lie: 16 bytes a lane in bfloat16, 32 a quad in float32. All
+// lanes of a warp come here together.
+__device__ __forceinline__ void store_part(bf16* out, const float (&x)[row_part], int tile, int vocab, bool wanted) {
+  const int lane = lane_id() % 4;
+#pragma unroll
+  for (int block = 0; block < 8; ++block) {  // of 32 columns: 8 in a row for each lane
+    uint32_t w[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) w[j] = packed(x[8 * block + 2 * j], x[8 * block + 2 * j + 1]);
+    transpose_quad(w);
+    const int column = tile + 32 * block + 8 * lane;
+    if (!wanted) continue;
+    if (column + 8 <= vocab) {
+      *reinterpret_cast<Bytes16*>(out + column) = {{w[0], w[1], w[2], w[3]}};
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (column + i < vocab) out[column + i].bits = static_cast<uint16_t>(w[i / 2] >> 16 * (i % 2));
+    }
+  }
+}
+__device__ __forceinline__ void store_part(float* out, const float (&x)[row_part], int tile, int vocab, bool wanted) {
+  if (!wanted) return;
+#pragma unroll
+  for (int e = 0; e < row_part; e += 2) {
+    const int column = tile + 2 * (lane_id() % 4) + e_column(e);
+    if (column + 2 <= vocab) {
+      *reinterpret_cast<Bytes8*>(out + column) = {x[e], x[e + 1]};
+    } else if (column < vocab) {
+      out[column] = x[e];
+    }
+  }
+}
+
+// The statistics of a part of the vocabulary, for a thread's two rows. Keep: the exponentials too, in x, relative to a maximum that the
+// quad shares.
+template <bool Plain, bool Keep>
+struct PartStatistics {
   struct Row {
-    float max, c, constant, slope, at_label;
-    int y;
-    bool nothing;
+    RowState state;
+    float c, label;
+    int y;  // the label's column here, or -1
   } rows[2];
 
-  __device__ __forceinline__ void begin(const LinearLogprobsGradientArgs& g, int64_t row, int64_t count) {
-    const LogprobsArgs& a = g.linear.forward;
-    auto value = [](const void* p, int64_t i) { return p ? static_cast<const float*>(p)[i] : 0.0; };
+  __device__ __forceinline__ void begin(const LinearLogprobsArgs& a, int64_t row, int64_t count) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       Row& r = rows[h];
       const int64_t at = row + 8 * h;
-      r = {0.f, 0.f, 0.f, 0.f, 0.f, -1, true};
-      if (at >= count || row_ignored(a, at)) continue;
-      const double total = value(g.grad_logprobs, at), g_entropy = value(g.grad_entropy, at), g_lse = value(g.grad_lse, at);
-      r.nothing = total == 0 && g_entropy == 0 && g_lse == 0;
-      const double scale = scale_of(a, at);
-      const RowGradient of = row_gradient(total, g_entropy, g_lse, value(a.entropies, at), value(a.log_sum, at), scale);
-      r.max = static_cast<const float*>(a.max)[at];
-      r.c = static_cast<float>(scale * static_cast<double>(log2e));
-      r.constant = static_cast<float>(of.constant), r.slope = static_cast<float>(of.slope * static_cast<double>(ln2));
-      r.at_label = static_cast<float>(total * scale);
-      r.y = static_cast<int>(label_column(a, at, 0));
+      r = Row{};
+      r.c = log2e, r.label = -INFINITY, r.y = -1;
+      if (at >= count) continue;
+      r.c = static_cast<float>(scale_of(a.forward, at) * static_cast<double>(log2e));
+      r.y = static_cast<int>(label_column(a.forward, at, 0));
     }
   }
 
-  __device__ __forceinline__ void gradient_of(const LinearLogprobsArgs& a, const Row& r, int first, float (&x)[row_part]) const {
+  // Row h of a tile from column `tile` on.
+  __device__ __forceinline__ void add(const LinearLogprobsArgs& a, const float (&d)[fragment_size], int h, int tile, float (&x)[row_part]) {
+    Row& r = rows[h];
+    const int first = tile + 2 * (lane_id() % 4), y = r.y - first;
+    logits_of<Plain>(a, d, h, first, x);
+    if (r.y >= 0 && y >= 0 && y <= e_column(row_part - 1)) {
+#pragma unroll
+      for (int e = 0; e < row_part; ++e)
+        if (y == e_column(e)) r.label = x[e];
+    }
+    if (Keep) keep(r, x);
+    else r.state.template add<true>(x, r.c);
+  }
+
+  __device__ __forceinline__ static void keep(Row& r, float (&x)[row_part]) {
+    float high = r.state.max;
+#pragma unroll
+    for (int e = 0; e < row_part; ++e) high = fmaxf(high, x[e]);
+    r.state.move(highest_of_quad(high), r.c);
+    const float from = r.state.max == -INFINITY ? 0.f : r.state.max;
+    float sum = 0.f, weighted = 0.f;
+#pragma unroll
+    for (int e = 0; e < row_part; ++e) {
+      const float u = (x[e] - from) * r.c;
+      x[e] = exp2_fast(u);
+      sum += x[e];
+      weighted = fmaf(x[e], fmaxf(u, -200.f), weighted);
+    }
+    r.state.sum += sum, r.state.weighted += weighted;
+  }
+
+  // The quad's lanes merged; all 4 have the result.
+  __device__ __forceinline__ void end(const LinearLogprobsArgs& a, int64_t part, int64_t row, int64_t count) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      Row& r = rows[h];
+      const float high = highest_of_quad(r.state.max);
+      r.state.move(high, r.c);
+      const float sum = sum_of_quad(r.state.sum), weighted = sum_of_quad(r.state.weighted) * ln2, label = highest_of_quad(r.label);
+      const int64_t at = row + 8 * h;
+      if (at >= count || lane_id() % 4 != 0) continue;
+      float* out = static_cast<float*>(a.forward.partials) + 4 * (part * a.forward.rows + at);
+      out[0] = high, out[1] = sum, out[2] = weighted, out[3] = label;
+    }
+  }
+};
+
+// What a row's gradient takes, in units of log 2: dx = 2^u (constant + slope u), u = (x - max) c, and at the label + at_label.
+struct GradientRow {
+  float max = 0, c = 0, constant = 0, slope = 0, at_label = 0;
+  int y = -1;  // the label's column here
+  bool nothing = true;
+};
+
+__device__ __forceinline__ GradientRow gradient_row(const LogprobsArgs& a, const void* grad_logprobs, const void* grad_entropy, const void* grad_lse,
+                                                    int64_t row, int64_t count) {
+  GradientRow r;
+  if (row >= count || row_ignored(a, row)) return r;
+  auto value = [&](const void* p) { return p ? static_cast<const float*>(p)[row] : 0.0; };
+  const double total = value(grad_logprobs), g_entropy = value(grad_entropy), g_lse = value(grad_lse), scale = scale_of(a, row);
+  const RowGradient of = row_gradient(total, g_entropy, g_lse, value(a.entropies), value(a.log_sum), scale);
+  r.nothing = total == 0 && g_entropy == 0 && g_lse == 0;
+  r.max = static_cast<const float*>(a.max)[row];
+  r.c = static_cast<float>(scale * static_cast<double>(log2e));
+  r.constant = static_cast<float>(of.constant), r.slope = static_cast<float>(of.slope * static_cast<double>(ln2));
+  r.at_label = static_cast<float>(total * scale);
+  r.y = static_cast<int>(label_column(a, row, 0));
+  return r;
+}
+
+// The gradient of the logits of a tile, for a thread's two rows: the mathematics of the backward of `logprobs`.
+template <bool Plain, class S>
+struct TileGradient {
+  GradientRow rows[2];
+
+  __device__ __forceinline__ void begin(const LinearLogprobsGradientArgs& g, int64_t row, int64_t count) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) rows[h] = gradient_row(g.linear.forward, g.grad_logprobs, g.grad_entropy, g.grad_lse, row + 8 * h, count);
+  }
+
+  __device__ __forceinline__ void gradient_of(const LinearLogprobsArgs& a, const GradientRow& r, int first, float (&x)[row_part]) const {
     const float cap = static_cast<float>(a.forward.softcap);
     const int y = r.y - first;
     const bool here = r.y >= 0 && y >= 0 && y <= e_column(row_part - 1);
@@ -189,35 +246,7 @@ struct TileGradient {
       gradient_of(g.linear, rows[h], tile + 2 * lane, x);
       const int64_t at = row + 8 * h;
       S* out = static_cast<S*>(g.grad) + at * g.grad_stride;
-      if constexpr (std::is_same<S, bf16>::value) {
-#pragma unroll
-        for (int block = 0; block < 8; ++block) {  // of 32 columns: 8 in a row for each lane
-          uint32_t w[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) w[j] = packed(x[8 * block + 2 * j], x[8 * block + 2 * j + 1]);
-          transpose_quad(w);
-          const int column = tile + 32 * block + 8 * lane;
-          if (at >= a.rows) continue;
-          if (column + 8 <= vocab) {
-            *reinterpret_cast<Bytes16*>(out + column) = {{w[0], w[1], w[2], w[3]}};
-          } else {
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-              if (column + i < vocab) out[column + i].bits = static_cast<uint16_t>(w[i / 2] >> 16 * (i % 2));
-          }
-        }
-      } else {
-        if (at >= a.rows) continue;
-#pragma unroll
-        for (int e = 0; e < row_part; e += 2) {  // the quad writes 32 bytes
-          const int column = tile + 2 * lane + e_column(e);
-          if (column + 2 <= vocab) {
-            *reinterpret_cast<Bytes8*>(out + column) = {x[e], x[e + 1]};
-          } else if (column < vocab) {
-            out[column] = x[e];
-          }
-        }
-      }
+      store_part(out, x, tile, vocab, at < a.rows);
     }
   }
 };

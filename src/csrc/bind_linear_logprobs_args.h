@@ -71,4 +71,36 @@ inline LinearLogprobsGradientArgs linear_logprobs_gradient_args(const py::tuple&
   return g;
 }
 
+// Of the forward that keeps exponentials.
+// exponentials: (address, dtype, row stride in elements), (rows, vocab), bfloat16, every row at a multiple of 16 bytes: e^((x - reference) / T),
+//   and in their place, after linear_logprobs_exponentials_to_gradient, d loss / d (hidden weight^T + bias)
+// references: address of float32 (ceil(vocab / 256), rows)
+inline LinearLogprobsExponentialsArgs linear_logprobs_exponentials_args(LinearLogprobsArgs linear, const py::tuple& exponentials, uintptr_t references) {
+  LinearLogprobsExponentialsArgs e;
+  e.linear = linear;
+  e.exponentials = pointer(exponentials[0].cast<uintptr_t>());
+  e.stride = exponentials[2].cast<int64_t>();
+  e.references = pointer<float>(references);
+  if (static_cast<DType>(exponentials[1].cast<int>()) != DType::bf16) throw py::type_error("exponentials: expected bfloat16");
+  if (reinterpret_cast<uintptr_t>(e.exponentials) % 16 != 0 || e.stride % 8 != 0)
+    throw py::value_error("exponentials: expected rows at multiples of 16 bytes, got a row stride of " + std::to_string(e.stride) + " elements");
+  return e;
+}
+
+// statistics: (logprobs, entropy or 0, 0, max, log_sum), addresses of float32 (rows), as logprobs_combine wrote them
+// shape, labels, scaling: as the forward had them; grads: as above
+inline ExponentialsToGradientArgs exponentials_to_gradient_args(const py::tuple& shape, const py::tuple& labels, const py::tuple& scaling,
+                                                                const py::tuple& statistics, const py::tuple& grads, const py::tuple& exponentials,
+                                                                uintptr_t references) {
+  const py::tuple none = py::make_tuple(0, static_cast<int>(DType::bf16), 0);
+  LinearLogprobsArgs linear = linear_logprobs_args(none, none, shape, labels, scaling, py::make_tuple(0, 0));
+  logprobs_outputs(linear.forward, statistics, 0);
+  ExponentialsToGradientArgs g;
+  g.of = linear_logprobs_exponentials_args(linear, exponentials, references);
+  g.grad_logprobs = pointer<const void>(grads[0].cast<uintptr_t>());
+  g.grad_entropy = pointer<const void>(grads[1].cast<uintptr_t>());
+  g.grad_lse = pointer<const void>(grads[2].cast<uintptr_t>());
+  return g;
+}
+
 }  // namespace fastrlhf

@@ -180,6 +180,18 @@ void bind_sm90(py::module_& m) {
     check(cuda::linear_logprobs_strip_gradient(
         linear_logprobs_gradient_args(hidden, weight, shape, labels, scaling, bias, statistics, grads, grad), on(stream)));
   });
+  m.def("linear_logprobs_exponentials", [](const py::tuple& hidden, const py::tuple& weight, const py::tuple& shape, const py::tuple& labels,
+                                           const py::tuple& scaling, const py::tuple& bias, uintptr_t partials, const py::tuple& exponentials,
+                                           uintptr_t references, uintptr_t stream) {
+    const LinearLogprobsArgs a = linear_logprobs_partials_args(hidden, weight, shape, labels, scaling, bias, partials);
+    check(cuda::linear_logprobs_exponentials(linear_logprobs_exponentials_args(a, exponentials, references), on(stream)));
+  });
+  m.def("linear_logprobs_exponentials_to_gradient", [](const py::tuple& shape, const py::tuple& labels, const py::tuple& scaling,
+                                                       const py::tuple& statistics, const py::tuple& grads, const py::tuple& exponentials,
+                                                       uintptr_t references, uintptr_t stream) {
+    check(cuda::linear_logprobs_exponentials_to_gradient(
+        exponentials_to_gradient_args(shape, labels, scaling, statistics, grads, exponentials, references), on(stream)));
+  });
 }
 #else
 constexpr bool sm90 = false;

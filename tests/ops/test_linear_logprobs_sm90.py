@@ -36,6 +36,33 @@ def check(h: Head) -> None:
     found = h.gradient(of, grads, torch.float32)
     assert_gradient_accurate(found, wanted, usual, "gradient")
     assert torch.equal(h.gradient(of, grads), found.bfloat16())
+    check_one_product(h, grads, wanted)
+
+
+def check_one_product(h: Head, grads: Grads, wanted: torch.Tensor) -> None:
+    """The exponentials kept and turned into the gradient: each is rounded once more than the gradient itself, the label's not."""
+    partials, kept, references = h.exponentials()
+    of = h.combined(partials)
+    leaf64, exact = h.plain(torch.float64)
+    for name, a, b, c in zip(("logprobs", "entropy", "lse"), of, exact, h.plain(torch.float32)[1]):
+        assert_accurate(a, b, c, name)
+    found = h.gradient_in_place(of, grads, kept, references).double()
+    room = kept[:, len(h.weight) :]
+    assert room.isnan().all()
+    # d = p (constant + slope u), the label's share aside: what p's rounding and u's can do
+    x = leaf64.detach() if h.softcap == 0 else h.softcap * torch.tanh(leaf64.detach() / h.softcap)
+    T = h.temperature if h.temperatures is None else h.temperatures[:, None]
+    log_p = torch.log_softmax(x / T, -1)
+    g = [t.double()[:, None].abs() for t in grads]
+    weight = log_p.exp() / T * (g[0] + g[2] + g[1] * (1 + (log_p + exact[1].detach()[:, None]).abs()))
+    allowed = 2**-8 * weight + 0.51 * 2**-7 * wanted.abs() + 1e-6
+    column = h.labels.long() - h.vocab_start
+    here = (column >= 0) & (column < len(h.weight)) & (h.labels != h.ignore_index)
+    rows = here.nonzero().flatten()
+    label_allowed = 0.51 * 2**-7 * wanted[rows, column[rows]].abs() + 1e-5
+    assert ((found - wanted).abs()[rows, column[rows]] <= label_allowed).all()
+    counted = h.labels != h.ignore_index
+    assert ((found - wanted).abs() <= allowed.nan_to_num(0, 0, 0))[counted].all() and (found[~counted] == 0).all()
 
 
 SHAPES = [
@@ -164,6 +191,10 @@ def test_rows_that_count(count: int, dtype: torch.dtype) -> None:
         if out.dtype == torch.bfloat16:
             assert torch.equal(found[:counted], gradient[:counted])
         assert (found[counted:] == 0).all() and out[:, 300:].isnan().all()
+    partials, kept, references = h.exponentials()
+    assert (partials[:, :counted, 3] == whole[:, :counted, 3]).all() and partials[:, counted:].isnan().all()
+    found = h.gradient_in_place(of, grads, kept, references)
+    assert found[:counted].isfinite().all() and (found[counted:] == 0).all()
 
 
 def test_strips() -> None:
