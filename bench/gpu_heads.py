@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CHECKED = 16
 STRIP = 8192  # columns of the vocabulary
+CHUNK = 1792  # rows: 7 times what two blocks take
 KERNEL = f"{OURS} cuda, the Hopper kernel"
 Step = Callable[[Tensor, Tensor, Tensor], Any]
 
@@ -99,7 +100,7 @@ def _exact(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 
 def gradients(setting: Setting) -> Iterator[Case]:
     """The kernel that computes a strip's d logits again, over all strips, alone (2NVH) and with the two products that consume
-    them (6NVH)."""
+    them (6NVH); and forward and gradients from one product of the logits (6NVH)."""
     if not on_hopper(setting) and not setting.short:
         return
     for rows, vocab, width in shapes(setting)[:1]:
@@ -125,6 +126,9 @@ def gradients(setting: Setting) -> Iterator[Case]:
                 return _backward(head_of(*inputs.take()), statistics, grad, strips, room)
 
             found[f"{KERNEL}, and both products"] = Variant(backward, floor_operations=3 * products)
+            found[f"{KERNEL}, forward and gradients"] = Variant(
+                lambda: _one_sweep(head_of(*inputs.take()), grad), floor_operations=3 * products
+            )
         found["torch matmul alone"] = Variant(lambda: _product(*inputs.take()))
         yield Case("linear_logprobs", f"d logits {rows}x{vocab}x{width} bfloat16", found, floor_operations=products)
 
@@ -138,6 +142,21 @@ def _backward(head: Head, of: linear_head.Statistics, grad: Tensor, strips: list
         d = strip.gradient(of, (grad, None, None), out=room)
         d_hidden += torch.mm(d, strip.weight, out_dtype=torch.float32)
         d_weight[start:end] = torch.mm(d.T, head.hidden, out_dtype=torch.float32)
+    return d_hidden, d_weight
+
+
+def _one_sweep(head: Head, grad: Tensor) -> Any:
+    """Forward and gradients with three products: rows at a time, so that their exponentials stay under half a gigabyte."""
+    d_hidden = torch.empty_like(head.hidden)
+    d_weight = torch.zeros_like(head.weight, dtype=torch.float32)
+    for start in range(0, len(head.hidden), CHUNK):
+        rows = slice(start, start + CHUNK)
+        some = head.rows(rows)
+        partials, kept, references = some.exponentials()
+        d = some.gradient_in_place(some.combined(partials), (grad[rows], None, None), kept, references)
+        torch.mm(d, head.weight, out=d_hidden[rows])
+        torch.addmm(d_weight, d.T, some.hidden, out_dtype=torch.float32, out=d_weight)
+        del kept, d
     return d_hidden, d_weight
 
 

@@ -284,6 +284,8 @@ def main() -> int:
             of, g = head.statistics(), torch.ones(rows, device=given.device)
             for dtype in (torch.bfloat16, torch.float32):
                 head.gradient(of, (g, g, None), dtype).cpu()
+            partials, kept, references = head.exponentials()
+            head.gradient_in_place(head.combined(partials), (g, g, None), kept, references).cpu()
     print(f"{given.backend}: {len(names(given.backend))} calls, {failed} failed")
     return 1 if failed else 0
 

@@ -33,7 +33,10 @@ def on_device(rows: int, vocab: int, width: int, **options: object) -> Head:
 
 def everything(h: Head, grads: Grads) -> list[Tensor]:
     of = h.statistics()
-    return [*of, h.gradient(of, grads), h.gradient(of, grads, torch.float32)]
+    partials, kept, references = h.exponentials()
+    again = h.combined(partials)
+    in_place = h.gradient_in_place(again, grads, kept, references)
+    return [*of, h.gradient(of, grads), h.gradient(of, grads, torch.float32), *again, in_place]
 
 
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -49,14 +52,21 @@ def test_accuracy(rows: int, vocab: int, width: int) -> None:
     h = on_device(rows, vocab, width)
     of, grads = h.statistics(), upstream(rows)
     gradient = h.gradient(of, grads, torch.float32)
+    partials, kept, references = h.exponentials()
+    again = h.combined(partials)
+    in_place = h.gradient_in_place(again, grads, kept, references)
     torch.backends.cuda.matmul.allow_tf32 = False
     for first in (0, rows // 2, rows - 16):
         few = slice(first, first + 16)
         (leaf, exact), (_, plain) = h.rows(few).plain(torch.float64), h.rows(few).plain(torch.float32)
         for name, a, b, c in zip(("logprobs", "entropy", "lse"), of, exact, plain):
             assert_accurate(a[few], b, c, name)
+        for name, a, b, c in zip(("logprobs", "entropy", "lse"), again, exact, plain):
+            assert_accurate(a[few], b, c, f"{name}, exponentials kept")
         wanted = torch.autograd.grad(sum((g[few] * o).sum() for g, o in zip(grads, exact)), leaf)[0]
         assert_accurate(gradient[few], wanted, wanted.float(), "gradient")
+        rounded = float((in_place[few] - wanted).abs().max() / wanted.abs().max())
+        assert rounded < 2**-7, rounded  # twice rounded to bfloat16
     assert torch.equal(h.gradient(of, grads), gradient.bfloat16())
 
 
