@@ -25,6 +25,11 @@ def verl_algorithm(name: str) -> Any | None:
     return find("verl.trainer.ppo.core_algos", name)
 
 
+def verl_linear_cross_entropy() -> Any | None:
+    """Triton; (hidden, weight, labels, temperature) to log-probs and entropies, differentiable."""
+    return find("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
+
+
 def liger_cross_entropy() -> Any | None:
     """Writes the gradient over the logits in its forward."""
     return find("liger_kernel.transformers.functional", "liger_cross_entropy")
