@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.linear_logprobs import chunked, reference
 from ..kernels.linear_logprobs.chunked import Tile, Tiles
-from . import checks, value_checks
+from . import checks, hopper_head, value_checks
 from .backend import DTYPES, FLOATS, address, choose, empty, extension, matrix, result_dtype, threads, triton_kernels, with_rows
 from .distributed import all_gather
 from .library import Op, present
@@ -216,6 +216,8 @@ def statistics(call: HeadCall, backend: str) -> Tensor:
             *call.native(), (0, 0, 0, 0, 0), partials.data_ptr(), 0, call.workspace_bytes, threads()
         )
         return partials
+    if backend == "cuda" and hopper_head.serves(call):
+        return hopper_head.statistics(call)
     if backend == "triton" and width == 4 and call.kept_mask is None and call.kept_indptr is None:
         kernels = triton_kernels("linear_logprobs")
         partials = empty((kernels.parts(call.hidden, call.weight.shape[0]), call.rows, width), torch.float32, call.hidden)
@@ -279,11 +281,14 @@ def gradients(
             torch.zeros(t.shape, dtype=torch.float32, device=t.device) if w and t is not None else None
             for t, w in zip((call.flat, call.weight, call.bias), wanted, strict=True)
         )
-        chunked.backward(
-            call.flat.masked_fill(call.ignored, 0), call.weight, call.bias, call.tiles(),
-            lambda x, tile: differentiate(call.of(x, tile), results, grads_, tile.rows, backend),
-            hidden, weight, bias, round_to=call.round_to,
-        )  # fmt: skip
+        if backend == "cuda" and hopper_head.serves(call):
+            hopper_head.gradients(call, results, grads_, (hidden, weight, bias))
+        else:
+            chunked.backward(
+                call.flat.masked_fill(call.ignored, 0), call.weight, call.bias, call.tiles(),
+                lambda x, tile: differentiate(call.of(x, tile), results, grads_, tile.rows, backend),
+                hidden, weight, bias, round_to=call.round_to,
+            )  # fmt: skip
         hidden = None if hidden is None else hidden.to(call.hidden.dtype).view(call.hidden.shape)
     return (
         hidden,
