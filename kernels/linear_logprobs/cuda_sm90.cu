@@ -5,7 +5,7 @@
 
 // Persistent blocks of three warpgroups: one copies tiles of hidden states and weights into a ring of four stages, two multiply
 // them, 64 rows of logits each, and fold what they have in registers. Two blocks of a cluster take neighbouring rows, and each
-// fetches half of the weights for both. Nothing but statistics (or a strip's gradient) leaves the chip.
+// fetches half of the weights for both. What leaves the chip: statistics, and where asked for exponentials or a strip's gradient.
 
 namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
 
@@ -18,6 +18,9 @@ constexpr int64_t linear_shared = stages * static_cast<int64_t>(stage_bytes) + 2
 static_assert(linear_shared <= 227 * 1024, "");
 // 64 K registers: a product's accumulators are 128 a thread
 constexpr int producer_registers = 40, consumer_registers = 232;
+// Clocks for which the second multiplying warpgroup waits at the beginning, so that one folds while the other multiplies: the first tiles
+// come after some 2000, four steps of the first take 2048, and the ring lets it be no more ahead. NOTES_SM90.md; 0: none.
+constexpr int lag = 4096;
 // Clusters of rows that are worked on at the same time: 2048 rows, whose hidden states stay in the L2 cache while the weights pass
 constexpr int64_t row_group = 8;
 
@@ -211,6 +214,7 @@ linear_kernel(const FASTRLHF_GRID_CONSTANT TensorMaps maps, const FASTRLHF_GRID_
     __syncwarp();
     cluster_barrier();  // no block leaves while another may still arrive at its barriers
   } else {
+    if (group == consumers && lag > 0) pass_time(lag);  // before: after it, ptxas spills
     take_registers<consumer_registers>();
     const int thread = static_cast<int>(threadIdx.x) % warpgroup, first_row = (group - 1) * (tile_rows / consumers);
     Turn turn;

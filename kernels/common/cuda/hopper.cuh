@@ -67,6 +67,7 @@ template <int registers>
 inline void take_registers() {}
 template <int registers>
 inline void give_registers() {}
+inline void pass_time(int) {}
 
 // d = a b^T, or d + a b^T: 64 x 16 by 256 x 16, both as they lie in a tile.
 inline void product(float (&d)[fragment_size], uint64_t a, uint64_t b, bool add) {
@@ -140,6 +141,12 @@ template <int registers>
 __device__ __forceinline__ void take_registers() { cutlass::arch::warpgroup_reg_alloc<registers>(); }
 template <int registers>
 __device__ __forceinline__ void give_registers() { cutlass::arch::warpgroup_reg_dealloc<registers>(); }
+
+// So many clocks.
+__device__ __forceinline__ void pass_time(int clocks) {
+  const long long from = clock64();
+  while (clock64() - from < clocks) {}
+}
 
 template <size_t... i>
 __device__ __forceinline__ void product_of(float (&d)[fragment_size], uint64_t a, uint64_t b, bool add, std::index_sequence<i...>) {
