@@ -19,7 +19,7 @@ static_assert(linear_shared <= 227 * 1024, "");
 // 64 K registers: a product's accumulators are 128 a thread
 constexpr int producer_registers = 40, consumer_registers = 232;
 // Clocks for which the second multiplying warpgroup waits at the beginning, so that one folds while the other multiplies: the first tiles
-// come after some 2000, four steps of the first take 2048, and the ring lets it be no more ahead. NOTES_SM90.md; 0: none.
+// come after some 2000, four steps of the first take 2048, and the ring lets it be no more ahead. NOTES.md; 0: none.
 constexpr int lag = 4096;
 // Clusters of rows that are worked on at the same time: 2048 rows, whose hidden states stay in the L2 cache while the weights pass
 constexpr int64_t row_group = 8;

@@ -202,7 +202,9 @@ class _InForward(torch.autograd.Function):
         for rows in _blocks(call, backend):
             block = _of_rows(call, rows)
             results, logits = _multiply_out(block, group, backend)
-            lp.view(-1)[rows], entropy.view(-1)[rows] = results.logprobs, results.entropy
+            assert results.entropy is not None
+            lp.view(-1)[rows] = results.logprobs
+            entropy.view(-1)[rows] = results.entropy
             grads = tokens.gradients(rows, results.logprobs, results.entropy)
             sums.add(block, rows, results, (*grads, None), logits)
         loss, stats = tokens.whole(lp, entropy)

@@ -394,7 +394,7 @@ def differentiate(
     total = math.prod(results[3].shape) if results[3] is not None else 0
     _, H, _, m, log_sum = results
     assert m is not None and log_sum is not None
-    inputs = (*call, part(m), part(log_sum), part(H), *(part(g) for g in grads), backend, True)
+    inputs: tuple[Any, ...] = (*call, part(m), part(log_sum), part(H), *(part(g) for g in grads), backend, True)
     _backward_implementation(*inputs)
 
 
