@@ -83,6 +83,20 @@ def test_halves(backend, dtype):
     assert_same(both(backend, dtype, {"entropy_coef": 0.01}, workspace_bytes=V * 4 * 33), dtype)
 
 
+def test_rounded_gradients(backend):
+    """d logits rounded to bfloat16, as the caller may allow: gradients carry 2^-8 of the terms they are summed from."""
+    options = {"entropy_coef": 0.01, "temperature": 0.9}
+    (loss, stats, *grads), (loss_, stats_, *grads_) = both(
+        backend, torch.bfloat16, options, workspace_dtype=torch.bfloat16, workspace_bytes=V * 4 * 33
+    )
+    torch.testing.assert_close(loss, loss_, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(stats.values, stats_.values, rtol=1e-5, atol=1e-5)
+    for a, b in zip(grads, grads_, strict=True):
+        a, b = a.float(), b.float()
+        assert float((a - b).norm() / b.norm()) < 2**-7
+        torch.testing.assert_close(a, b, rtol=2**-5, atol=float(b.abs().max()) * 2**-6)
+
+
 def test_packed_and_per_sequence_advantages(backend):
     def packed(hidden, labels, tokens):
         tokens = {k: v.reshape(-1) for k, v in tokens.items()} | {"advantages": torch.randn(B)}

@@ -64,6 +64,47 @@ def statistics(call: HeadCall) -> Tensor:
     return torch.empty_like(partials).index_copy_(1, front.order, partials)
 
 
+class Exponentials:
+    """What a forward leaves of some rows, so that their gradient takes no second product: e^(x - reference) in bfloat16, turned
+    into d logits where it lies."""
+
+    def __init__(self, call: HeadCall) -> None:
+        self.front, rows, vocab = Front(call), call.rows, call.weight.shape[0]
+        module = cuda_extension()
+        self.kept = torch.empty((rows, -(-vocab // 8) * 8), dtype=torch.bfloat16, device=call.hidden.device)
+        self.references = torch.empty((-(-vocab // 256), rows), dtype=torch.float32, device=call.hidden.device)
+        partials = empty((module.linear_logprobs_parts(vocab), rows, 4), torch.float32, call.hidden)
+        self.arguments = self.front.arguments(slice(0, vocab))
+        module.linear_logprobs_exponentials(
+            *self.arguments, partials.data_ptr(), self._matrix(), self.references.data_ptr(), raw_stream(self.kept)
+        )
+        self.partials = torch.empty_like(partials).index_copy_(1, self.front.order, partials)
+
+    def _matrix(self) -> tuple[int, int, int]:
+        return self.kept.data_ptr(), DTYPES[torch.bfloat16], self.kept.stride(0)
+
+    def add_gradients(
+        self, results: Results, grads: tuple[Tensor | None, ...], sums: tuple[Tensor | None, Tensor | None, Tensor | None]
+    ) -> None:
+        """Adds to sums (rows, H), (V, H), (V), as `gradients`. Once: the exponentials are gone then."""
+        order, call = self.front.order, self.front.call
+        lp, H, _, m, log_sum = (None if t is None else t.reshape(-1)[order] for t in results)
+        upstream = tuple(None if g is None else g.reshape(-1)[order] for g in grads)
+        _, _, shape, labels, scaling, _ = self.arguments
+        cuda_extension().linear_logprobs_exponentials_to_gradient(
+            shape, labels, scaling, tuple(address(t) for t in (lp, H, None, m, log_sum)), tuple(address(g) for g in upstream),
+            self._matrix(), self.references.data_ptr(), raw_stream(self.kept),
+        )  # fmt: skip
+        d = self.kept[:, : call.weight.shape[0]]
+        grad_hidden, grad_weight, grad_bias = sums
+        if grad_bias is not None:
+            grad_bias += d.float().sum(0)
+        if grad_hidden is not None:
+            grad_hidden.index_add_(0, order, chunked.product(d, call.weight).to(grad_hidden.dtype))
+        if grad_weight is not None:
+            grad_weight += chunked.product(d.T, self.front.hidden)
+
+
 def gradients(
     call: HeadCall, results: Results, grads: tuple[Tensor | None, ...], sums: tuple[Tensor | None, Tensor | None, Tensor | None]
 ) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 from ..kernels.linear_logprobs import chunked
 from ..kernels.linear_logprobs.chunked import Tile, Tiles
 from ..kernels.policy_loss.reference import STATS, RolloutCorrection
-from . import checks, value_checks
+from . import checks, hopper_head, value_checks
 from .backend import DTYPES, address, empty, extension, result_dtype, threads
 from .distributed import all_gather
-from .linear_logprobs import WORKSPACE, HeadCall, Results, head_inputs, linear_logprobs
+from .linear_logprobs import WORKSPACE, HeadCall, Results, head_inputs, linear_logprobs, merge_parts
 from .logprobs import Kept, combine, differentiate, fold, kept_parts, softmax_options
 from .policy_loss import PolicyLoss, policy_loss
 from .stats import LossStats
@@ -130,6 +130,10 @@ def linear_policy_loss(
     tokens = _Tokens(old_logprobs, advantages, mask, loss_options, over)
     loss, values = _InForward.apply(hidden, weight, bias, call, tokens, parallel.group if parallel else None, backend)
     return PolicyLoss(loss, LossStats(values, STATS))
+
+
+# A block's logits as the backend keeps them from its forward to its gradient; None: it does not.
+Logits = Tensor | hopper_head.Exponentials | None
 
 
 class _Tokens:
@@ -255,13 +259,14 @@ def _of_rows(call: HeadCall, rows: Any) -> HeadCall:
     )  # fmt: skip
 
 
-def _multiply_out(call: HeadCall, group: Any, backend: str) -> tuple[Results, Tensor | None]:
+def _multiply_out(call: HeadCall, group: Any, backend: str) -> tuple[Results, Logits]:
     """The rows' results, and their logits as the backend keeps them; a sparse head keeps none."""
     dtype = result_dtype(call.hidden)
     out = Results(*(empty((call.rows,), dtype, call.hidden) for _ in range(5)))
     parts: Tensor | None = None
+    logits: Logits = None
     if backend == "cpu":
-        module, logits = extension(), None
+        module = extension()
         if call.kept_indptr is None:
             logits = empty((module.linear_logprobs_stored_size(call.rows, call.weight.shape[0]),), dtype, call.hidden)
         if group is not None:
@@ -270,6 +275,9 @@ def _multiply_out(call: HeadCall, group: Any, backend: str) -> tuple[Results, Te
             *call.native(), (0, 0, 0, 0, 0) if group is not None else tuple(address(t) for t in out), address(parts),
             address(logits), call.workspace_bytes, threads(),
         )  # fmt: skip
+    elif backend == "cuda" and call.rounded and hopper_head.serves(call):
+        logits = hopper_head.Exponentials(call)
+        parts = logits.partials if group is None else merge_parts(logits.partials, call)
     else:
         tile = Tile(slice(0, call.rows), slice(0, call.weight.shape[0]))
         logits = chunked.logits(call.flat, call.weight, call.bias, tile)
@@ -291,29 +299,31 @@ class _Sums:
         self.weight = zeros(call.weight, call.weight.dtype if call.narrow else wide) if wanted[1] else None
         self.bias = zeros(call.bias, wide) if wanted[2] and call.bias is not None else None
 
-    def add(self, call: HeadCall, rows: Any, results: Results, grads: tuple[Tensor | None, ...], logits: Tensor | None) -> None:
+    def add(self, call: HeadCall, rows: Any, results: Results, grads: tuple[Tensor | None, ...], logits: Logits) -> None:
+        hidden: Tensor | None = None
         if self.backend == "cpu":
-            hidden = empty(call.flat.shape, call.hidden.dtype, call.hidden) if self.hidden is not None else None
-            outputs = (
-                address(hidden),
-                address(self.weight),
-                DTYPES[(self.weight if self.weight is not None else call.weight).dtype],
-            )
+            assert not isinstance(logits, hopper_head.Exponentials)
+            if self.hidden is not None:
+                hidden = empty(call.flat.shape, call.hidden.dtype, call.hidden)
+            weight = self.weight if self.weight is not None else call.weight
+            outputs = (address(hidden), address(self.weight), DTYPES[weight.dtype], address(self.bias))
             extension().linear_logprobs_backward(
-                *call.native(), (0, *(address(t) for t in results[1:])), tuple(address(g) for g in grads),
-                (*outputs, address(self.bias)), True, True, address(logits), call.workspace_bytes, threads(),
+                *call.native(), (0, *(address(t) for t in results[1:])), tuple(address(g) for g in grads), outputs, True, True,
+                address(logits), call.workspace_bytes, threads(),
             )  # fmt: skip
         else:
-            assert logits is not None
-            hidden = (
-                torch.zeros(call.flat.shape, dtype=torch.float32, device=logits.device) if self.hidden is not None else None
-            )
-            whole = Tiles(call.rows, call.weight.shape[0], call.rows, call.weight.shape[0])
-            chunked.backward(
-                call.flat.masked_fill(call.ignored, 0), call.weight, call.bias, whole,
-                lambda x, tile: differentiate(call.of(x, tile), results, grads, tile.rows, self.backend),
-                hidden, self.weight, self.bias, stored=logits, round_to=call.round_to,
-            )  # fmt: skip
+            if self.hidden is not None:
+                hidden = torch.zeros(call.flat.shape, dtype=torch.float32, device=call.hidden.device)
+            sums = (hidden, self.weight, self.bias)
+            if isinstance(logits, hopper_head.Exponentials):
+                logits.add_gradients(results, grads, sums)
+            else:
+                chunked.backward(
+                    call.flat.masked_fill(call.ignored, 0), call.weight, call.bias,
+                    Tiles(call.rows, call.weight.shape[0], call.rows, call.weight.shape[0]),
+                    lambda x, tile: differentiate(call.of(x, tile), results, grads, tile.rows, self.backend),
+                    *sums, stored=logits, round_to=call.round_to,
+                )  # fmt: skip
         if self.hidden is not None and hidden is not None:
             self.hidden[rows] = hidden.to(self.hidden.dtype)
 
