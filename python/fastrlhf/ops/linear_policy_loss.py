@@ -211,6 +211,7 @@ class _InForward(torch.autograd.Function):
             entropy.view(-1)[rows] = results.entropy
             grads = tokens.gradients(rows, results.logprobs, results.entropy)
             sums.add(block, rows, results, (*grads, None), logits)
+            del logits  # before the next block's are made
         loss, stats = tokens.whole(lp, entropy)
         ctx.grads = sums.results()
         ctx.mark_non_differentiable(stats.values)
