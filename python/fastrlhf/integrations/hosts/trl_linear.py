@@ -114,7 +114,7 @@ def chunked_logprobs_calls(sizes: Sizes) -> Iterator[Call]:
     h, w, y = make.normal(rows, sizes.hidden), make.normal(sizes.vocab, sizes.hidden), make.labels(rows)
     b = make.normal(sizes.vocab)
     half = sizes.dtype in (torch.bfloat16, torch.float16)
-    tight = 0.1 if half else 1e-4
+    tight = 0.2 if half else 1e-4
     both = ("log_probs", "entropy")
     yield Call("plain", (h, w, None, y, 1.0, 32, None, 1.0, both), grads=(0, 1), tolerance=tight)
     yield Call("bias, temperature", (h, w, b, y, 0.7, 32, None, 1.0, both), grads=(0, 1, 2), tolerance=tight)
@@ -128,4 +128,4 @@ def chunked_logprobs_calls(sizes: Sizes) -> Iterator[Call]:
     yield Call("SFT's and DPO's metrics", (h, w, b * 0, near, 1.0, 32, None, 1.3, metrics), grads=(0, 1), tolerance=tight)
     if sizes == Sizes():
         low = (h.bfloat16(), w.bfloat16(), None, y, 1.0, 32, None, 1.0, both)
-        yield Call("bfloat16", low, grads=(0, 1), tolerance=0.1)
+        yield Call("bfloat16", low, grads=(0, 1), tolerance=0.2)

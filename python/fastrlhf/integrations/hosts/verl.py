@@ -268,7 +268,7 @@ def kl_calls(sizes: Sizes) -> Iterator[Call]:
     for name in KINDS:
         for suffix in ("", "+"):
             yield Call(name + suffix, (a, b, name + suffix), grads=(0, 1))
-    for name in ("k1", "low_var_kl", "low_var_kl+"):
+    for name in ("k1", "low_var_kl", "low_var_kl+") if sizes.dtype == torch.float32 else ():
         yield Call(f"{name} where clamps bite", (far, b, name), grads=(0,))
     if sizes == Sizes():
         yield Call("bfloat16", (a.bfloat16(), b.bfloat16(), "low_var_kl"), tolerance=6e-2)
