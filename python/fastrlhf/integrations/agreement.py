@@ -43,7 +43,7 @@ def _compare_call(original: Function, replacement: Function, call: Call) -> Agre
     if call.differs is not None:
         if isinstance(ours, Exception):
             raise Disagreement(f"{call.name}: ours raised {type(ours).__name__}: {ours}")
-        if not all(bool(torch.isfinite(t).all()) for _, t in _tensors(ours) if t.is_floating_point()):
+        if not all(bool(torch.isfinite(t).all()) for t in tensors(ours) if t.is_floating_point()):
             raise Disagreement(f"{call.name}: ours is not finite")
         return Agreement(0.0)
     if call.raises is not None or isinstance(theirs, Exception) or isinstance(ours, Exception):
@@ -61,7 +61,7 @@ def _run(function: Function, call: Call) -> Any:
         return error
     if not wanted:
         return result
-    outputs = [t for _, t in _tensors(result) if t.requires_grad]
+    outputs = [t for t in tensors(result) if t.requires_grad]
     total = sum(((o.double() * _weights(o)).sum() for o in outputs), torch.zeros((), dtype=torch.float64))
     grads = torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [None] * len(wanted)
     return result, [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
@@ -86,15 +86,11 @@ def _clone(x: Any) -> Any:
     return x
 
 
-def _tensors(x: Any, path: str = "result") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(x, Tensor):
-        yield path, x
-    elif isinstance(x, dict):
-        for k, v in x.items():
-            yield from _tensors(v, f"{path}[{k!r}]")
-    elif isinstance(x, list | tuple):
-        for i, v in enumerate(x):
-            yield from _tensors(v, f"{path}[{i}]")
+def tensors(x: Any) -> Iterator[Tensor]:
+    """Those in a result, however deep."""
+    for _, leaf in _leaves(x, ""):
+        if isinstance(leaf, Tensor):
+            yield leaf
 
 
 def _pairs(ours: Any, theirs: Any, call: Call) -> Iterator[tuple[str, Any, Any]]:

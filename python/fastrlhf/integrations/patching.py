@@ -146,7 +146,8 @@ def _apply(state: State, seam: Seam | Entry, module: ModuleType, known: bool) ->
     return applied.status
 
 
-def _require_op(op: str) -> None:
+def require_op(op: str) -> None:
+    """Raises `Unavailable` where this build has no such operation."""
     from .. import ops
 
     if not hasattr(ops, op):
@@ -154,7 +155,7 @@ def _require_op(op: str) -> None:
 
 
 def _add(entry: Entry, module: ModuleType) -> Applied:
-    _require_op(entry.op)
+    require_op(entry.op)
     registry = getattr(module, entry.registry, None)
     if not isinstance(registry, dict):
         raise Unavailable(f"{entry.module} has no dict {entry.registry}")
@@ -181,7 +182,7 @@ def find(seam: Seam, module: ModuleType) -> tuple[Place, Any]:
 
 
 def _replace(host: Host, seam: Seam, module: ModuleType, known: bool) -> Applied:
-    _require_op(seam.op)
+    require_op(seam.op)
     place, original = find(seam, module)
     if getattr(original, "__fastrlhf__", False):
         raise Unavailable("patched by another copy of fastrlhf")

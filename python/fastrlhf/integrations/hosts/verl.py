@@ -81,8 +81,9 @@ def logits_calls(labels: bool, roundoff: float, double: float | None = None) -> 
         make = inputs(sizes)
         dtypes = (sizes.dtype,) if sizes != Sizes() else (torch.float32, torch.bfloat16, torch.float64)
         for dtype in dtypes:
-            x = make.logits(sizes.rows * 2).to(dtype)
-            y = (make.labels(sizes.rows * 2),) if labels else ()
+            rows = sizes.rows * (2 if sizes == Sizes() else sizes.length)  # packed, as verl's engines call it
+            x = make.logits(rows).to(dtype)
+            y = (make.labels(rows),) if labels else ()
             loose = roundoff if dtype in (torch.bfloat16, torch.float16) else double if dtype == torch.float64 else None
             yield Call(f"{dtype}", (x, *y), grads=(0,), tolerance=loose)
             shifted = (x.float() + 1e4).to(dtype)
@@ -245,6 +246,8 @@ def kl_penalty(original: Any) -> Any:
     @in_place_of(original)
     def replacement(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
         options = KINDS.get(kl_penalty.removesuffix("+"))
+        if kl_penalty in ("kl", "k1"):
+            return original(logprob, ref_logprob, kl_penalty)  # one subtraction
         reason = "this kind" if options is None else obstacle(logprob, "kl") or obstacle(ref_logprob, "kl")
         if reason is None and (logprob.shape != ref_logprob.shape or logprob.dtype != ref_logprob.dtype):
             reason = "two shapes or dtypes"
@@ -265,7 +268,7 @@ def kl_calls(sizes: Sizes) -> Iterator[Call]:
     make = inputs(sizes)
     a, b = make.batch(4.0), make.batch(4.0)
     far = make.batch(60.0)
-    for name in KINDS:
+    for name in ("low_var_kl", *(n for n in KINDS if n != "low_var_kl")):
         for suffix in ("", "+"):
             yield Call(name + suffix, (a, b, name + suffix), grads=(0, 1))
     for name in ("k1", "low_var_kl", "low_var_kl+") if sizes.dtype == torch.float32 else ():

@@ -1,0 +1,274 @@
+"""Inputs on which kernels of this kind have been wrong before, for every operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+Tensors = dict[str, Tensor]
+Function = Callable[[Tensors, Any], Any]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Rows, tokens a row, vocabulary."""
+
+    rows: int
+    length: int
+    vocab: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.length}x{self.vocab}"
+
+
+@dataclass
+class Case:
+    """`function(inputs, backend)` gives tensors; those of `grads` are differentiated. The inputs are made when asked for."""
+
+    op: str
+    input: str
+    inputs: Callable[[], Tensors]
+    function: Function
+    grads: tuple[str, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def cases(shapes: Shapes, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """All of them. Logits are in `dtype`; what is per token is float32, as everywhere."""
+    make = _Maker(shapes, dtype, device)
+    yield from logprob_cases(make)
+    yield from token_cases(make)
+    yield from loss_cases(make)
+    yield from pair_cases(make)
+    yield from rollout_cases(make)
+    yield from vocabulary_cases(make)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    shapes: Shapes
+    dtype: torch.dtype
+    device: str
+
+    def normal(self, *shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+        return values.to(dtype or torch.float32).to(self.device)
+
+    def logits(self, rows: int, vocab: int, scale: float = 3.0, offset: float = 0.0) -> Tensor:
+        return self.normal(rows, vocab, scale=scale, dtype=torch.float32).add_(offset).to(self.dtype)
+
+    def labels(self, rows: int, vocab: int) -> Tensor:
+        return torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(1)).to(self.device)
+
+    def batch(self, seed: int, scale: float = 1.0) -> Tensor:
+        return self.normal(self.shapes.rows, self.shapes.length, seed=seed, scale=scale)
+
+    def masks(self) -> Iterator[tuple[str, Tensor]]:
+        B, T = self.shapes.rows, self.shapes.length
+        gaps = torch.rand(B, T, generator=torch.Generator().manual_seed(2)) < 0.7
+        gaps[-1, T // 2 :] = False
+        yield "gaps inside the mask", gaps.to(self.device)
+        some = gaps.clone()
+        some[0] = False
+        yield "a row with nothing counted", some.to(self.device)
+        yield "all masked", torch.zeros_like(gaps).to(self.device)
+
+
+def logprob_cases(make: _Maker) -> Iterator[Case]:
+    vocab = make.shapes.vocab
+    rows = max(1, min(make.shapes.rows * make.shapes.length, (1 << 23) // vocab))
+    odd = vocab + 1 + vocab % 2  # a multiple of nothing
+
+    def plain(inputs: Tensors, backend: Any) -> Any:
+        out = ops.logprobs(inputs["logits"], inputs["labels"], entropy=True, lse=True, backend=backend)
+        return out.logprobs, out.entropy, out.lse
+
+    def case(name: str, logits: Callable[[], Tensor], labels: Callable[[Tensor], Tensor], function: Function = plain) -> Case:
+        def inputs() -> Tensors:
+            x = logits()
+            return {"logits": x, "labels": labels(x)}
+
+        return Case("logprobs", name, inputs, function, ("logits",))
+
+    def drawn(x: Tensor) -> Tensor:
+        return make.labels(x.shape[0], x.shape[-1])
+
+    yield case(f"{rows} x {vocab}", lambda: make.logits(rows, vocab), drawn)
+    yield case(f"a vocabulary of {odd}, a multiple of nothing", lambda: make.logits(min(rows, 64), odd), drawn)
+    yield case("a vocabulary of 1", lambda: make.logits(5, 1), drawn)
+    yield case("peaked rows", lambda: make.logits(min(rows, 64), vocab, 40.0), lambda x: x.argmax(-1))
+    if make.dtype == torch.float32:
+        yield case("an offset of 1e4 on all logits", lambda: make.logits(min(rows, 64), vocab, offset=1e4), drawn)
+
+    def banned() -> Tensor:
+        x = make.logits(min(rows, 64), vocab)
+        x[:, ::3] = -torch.inf
+        return x
+
+    yield case("-inf logits", banned, lambda x: torch.ones_like(drawn(x)).clamp(max=x.shape[-1] - 1))
+
+    def ignored(x: Tensor) -> Tensor:
+        y = drawn(x)
+        y[::2] = -100
+        return y
+
+    yield case("every second label ignored", lambda: make.logits(min(rows, 64), vocab), ignored)
+    yield case("all labels ignored", lambda: make.logits(8, vocab), lambda x: torch.full_like(drawn(x), -100))
+
+    def tempered(inputs: Tensors, backend: Any) -> Any:
+        out = ops.logprobs(inputs["logits"], inputs["labels"], temperature=0.6, softcap=30.0, entropy=True, backend=backend)
+        return out.logprobs, out.entropy
+
+    yield case("temperature and soft cap", lambda: make.logits(min(rows, 64), vocab), drawn, tempered)
+    yield case("rows that lie apart", lambda: make.logits(min(rows, 64), vocab + 5)[:, :vocab], drawn)
+
+
+def token_cases(make: _Maker) -> Iterator[Case]:
+    for name, mask in make.masks():
+        tensors = {"x": make.batch(3), "r": make.batch(4), "v": make.batch(5), "mask": mask}
+        for mode in ("carry", "zero"):
+            yield Case(
+                "gae", f"{name}, mask_mode {mode}", lambda t=tensors: t,  # type: ignore[misc]
+                lambda t, b, mode=mode: ops.gae(t["r"], t["v"], t["mask"], gamma=0.99, lam=0.95, mask_mode=mode, backend=b),  # type: ignore[misc]
+            )  # fmt: skip
+        yield Case("masked_mean", name, lambda t=tensors: t, lambda t, b: ops.masked_mean(t["x"], t["mask"], backend=b), ("x",))  # type: ignore[misc]
+        yield Case("masked_var", name, lambda t=tensors: t, lambda t, b: ops.masked_var(t["x"], t["mask"], backend=b), ("x",))  # type: ignore[misc]
+        yield Case("whiten", name, lambda t=tensors: t, lambda t, b: ops.whiten(t["x"], t["mask"], backend=b), ("x",))  # type: ignore[misc]
+        large = {"x": make.batch(3) + 1e4, "mask": mask}
+        yield Case("masked_var", f"{name}, a mean of 1e4", lambda t=large: t, lambda t, b: ops.masked_var(t["x"], t["mask"], backend=b))  # type: ignore[misc]
+        hostile = {"x": make.batch(3).masked_fill(~mask, torch.nan), "mask": mask}
+        yield Case("masked_mean", f"{name}, NaN outside it", lambda t=hostile: t, lambda t, b: ops.masked_mean(t["x"], t["mask"], backend=b))  # type: ignore[misc]
+    scores = {"scores": make.normal(make.shapes.rows * 4, seed=6), "ids": _groups(make)}
+    for kind in ("grpo", "dr_grpo", "rloo"):
+        yield Case(
+            "group_advantages", f"{kind}, groups of several sizes, one of one", lambda: scores,
+            lambda t, b, kind=kind: ops.group_advantages(t["scores"], t["ids"], kind=kind, backend=b),  # type: ignore[misc]
+        )  # fmt: skip
+    for kind in ("k1", "k2", "k3"):
+        for name, scale, clamp in (("near", 0.3, None), ("log-ratios of 60, clamped", 60.0, 20.0)):
+            pair = {"a": make.batch(7, scale), "b": make.batch(8, scale)}
+            yield Case(
+                "kl", f"{kind}, {name}", lambda t=pair: t,  # type: ignore[misc]
+                lambda t, b, kind=kind, clamp=clamp: ops.kl(t["a"], t["b"], kind=kind, clamp_input=clamp, backend=b), ("a", "b"),  # type: ignore[misc]
+            )  # fmt: skip
+
+
+def _groups(make: _Maker) -> Tensor:
+    count = make.shapes.rows * 4
+    ids = torch.arange(count) // 3
+    ids[-1] = 10**6
+    return ids.flip(0).to(make.device)
+
+
+def loss_cases(make: _Maker) -> Iterator[Case]:
+    old = -make.batch(9).abs()
+    for name, mask in make.masks():
+        tensors = {
+            "logprobs": old + make.batch(10, 0.5), "old": old, "advantages": make.batch(11), "mask": mask,
+            "values": make.batch(12), "old_values": make.batch(13), "returns": make.batch(14),
+        }  # fmt: skip
+        for kind, options in (
+            ("ppo", {"clip_high": 0.28, "dual_clip": 3.0, "ratio_clamp": 20.0}), ("gspo", {"reduction": "seq-mean-token-mean"}),
+            ("cispo", {}), ("reinforce", {"reduction": "seq-mean-token-sum-norm"}),
+        ):  # fmt: skip
+            yield Case(
+                "policy_loss", f"{kind}, {name}", lambda t=tensors: t,  # type: ignore[misc]
+                lambda t, b, kind=kind, options=options: ops.policy_loss(  # type: ignore[misc]
+                    t["logprobs"], t["old"], t["advantages"], t["mask"], kind=kind, backend=b, **options
+                ).loss,
+                ("logprobs",),
+            )  # fmt: skip
+        yield Case(
+            "value_loss", name, lambda t=tensors: t,  # type: ignore[misc]
+            lambda t, b: ops.value_loss(t["values"], t["old_values"], t["returns"], t["mask"], backend=b).loss, ("values",),
+        )  # fmt: skip
+
+
+def pair_cases(make: _Maker) -> Iterator[Case]:
+    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+    pairs = {n: -make.normal(make.shapes.rows * 8, seed=20 + i, scale=30.0).abs() for i, n in enumerate(names)}
+    for kind in ("dpo", "ipo", "hinge"):
+        yield Case(
+            "preference_loss", f"{kind}, log-ratios of 30", lambda: pairs,
+            lambda t, b, kind=kind: ops.preference_loss(*(t[n] for n in names), kind=kind, backend=b).loss, names[:2],  # type: ignore[misc]
+        )  # fmt: skip
+    rewards = {n: pairs[n] for n in names[:2]}
+    yield Case("reward_loss", "differences of 30", lambda: rewards, lambda t, b: ops.reward_loss(*t.values(), backend=b).loss, names[:2])
+    targets = make.normal(make.shapes.rows * 8, seed=30)
+    targets[::3] = -100.0
+    told = {"predictions": make.normal(make.shapes.rows * 8, seed=31), "targets": targets}
+    yield Case(
+        "regression_loss", "a third without a target", lambda: told,
+        lambda t, b: ops.regression_loss(t["predictions"], t["targets"], backend=b).loss, ("predictions",),
+    )  # fmt: skip
+
+
+def rollout_cases(make: _Maker) -> Iterator[Case]:
+    for name, mask in make.masks():
+        t = {
+            "scores": make.normal(make.shapes.rows, seed=40), "logprobs": -make.batch(41).abs(), "ref": -make.batch(42).abs(),
+            "values": make.batch(43), "mask": mask,
+        }  # fmt: skip
+        options: dict[str, Any] = {"kl_coef": 0.1, "kl": "k3", "score_clip": 1.0}
+        yield Case(
+            "shape_rewards", name, lambda t=t: t,  # type: ignore[misc]
+            lambda t, b: ops.shape_rewards(t["scores"], t["logprobs"], t["ref"], t["mask"], backend=b, **options),
+        )  # fmt: skip
+        yield Case(
+            "experience", name, lambda t=t: t,  # type: ignore[misc]
+            lambda t, b: ops.experience(
+                t["scores"], t["logprobs"], t["ref"], t["values"], t["mask"], whiten=True, backend=b, **options
+            ),
+        )  # fmt: skip
+        yield Case(
+            "discounted_returns", name, lambda t=t: t,  # type: ignore[misc]
+            lambda t, b: ops.discounted_returns(t["values"], t["mask"], gamma=0.97, backend=b),
+        )  # fmt: skip
+        yield Case(
+            "sequence_logprobs", name, lambda t=t: t,  # type: ignore[misc]
+            lambda t, b: ops.sequence_logprobs(t["logprobs"], t["mask"], average=True, backend=b), ("logprobs",),
+        )  # fmt: skip
+
+
+def vocabulary_cases(make: _Maker) -> Iterator[Case]:
+    B, T = make.shapes.rows, min(make.shapes.length, 16)
+    vocab = make.shapes.vocab + 1
+    logits = make.logits(B * T, vocab).view(B, T, vocab)
+    other = make.normal(B, T, vocab, seed=50, scale=3.0).to(make.dtype)
+    banned = other.clone()
+    banned[..., 1::4] = -torch.inf
+    pair = {"logits": logits, "ref": other}
+    for direction in ("forward", "reverse", "js"):
+        yield Case(
+            "kl_full", f"{direction}, {B * T} x {vocab}", lambda: pair,
+            lambda t, b, d=direction: ops.kl_full(t["logits"], t["ref"], direction=d, backend=b), ("logits", "ref"),  # type: ignore[misc]
+        )  # fmt: skip
+    old = -make.normal(B, T, seed=51).abs()
+    policy = {
+        "logits": logits, "labels": make.labels(B * T, vocab).view(B, T), "old": old, "advantages": make.normal(B, T, seed=52),
+        "mask": torch.ones(B, T, dtype=torch.bool, device=make.device),
+    }  # fmt: skip
+    yield Case(
+        "logits_policy_loss", f"ppo, {B * T} x {vocab}", lambda: policy,
+        lambda t, b: ops.logits_policy_loss(t["logits"], t["labels"], t["old"], t["advantages"], t["mask"], backend=b).loss,
+        ("logits",),
+    )  # fmt: skip
+    for name, x in (("top-k", other), ("top-k, -inf logits", banned)):
+        drawn = {"logits": x.reshape(B * T, vocab)}
+        yield Case(
+            "sample", f"{name}, the log-probs of its tokens", lambda t=drawn: t,  # type: ignore[misc]
+            lambda t, b: _sampled(t["logits"], b),
+        )  # fmt: skip
+
+
+def _sampled(logits: Tensor, backend: Any) -> Tensor:
+    """Tokens are drawn from the same float32 logits by every backend; their log-probs are what is compared."""
+    out = ops.sample(logits.float(), top_k=50, temperature=0.8, seed=3, backend=backend)
+    assert out.logprobs is not None
+    return out.logprobs
