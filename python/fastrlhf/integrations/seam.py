@@ -174,7 +174,8 @@ def in_place_of(original: Any) -> Callable[[Function], Function]:
     """A decorator: the replacement carries the original's name, signature and documentation."""
 
     def mark(replacement: Function) -> Function:
-        wrapped = functools.wraps(original)(replacement)
+        # not its attributes: torch.compile keeps the host's own function in one
+        wrapped = functools.update_wrapper(replacement, original, updated=())
         wrapped.__fastrlhf__ = True  # type: ignore[attr-defined]
         return wrapped
 
