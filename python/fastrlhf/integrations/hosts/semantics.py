@@ -82,6 +82,12 @@ def group_advantages(scores: Tensor, ids: Tensor, *, alone: str = "score", **opt
     return torch.where(single, scores.to(out.dtype) if alone == "score" else torch.zeros_like(out), out)
 
 
+def own_shard(logits: Tensor, group: Any) -> ops.VocabParallel:
+    """This rank's columns, of equal shards in rank order; asked of the group itself, which need not be torch's default."""
+    columns, rank = logits.shape[-1], group.rank()
+    return ops.VocabParallel(group, rank * columns, (rank + 1) * columns, group.size() * columns)
+
+
 def denominator(
     mode: str, width: int, dp_size: float, tokens: Any, sequences: Any, scale: Any = None
 ) -> float | Tensor | None:
