@@ -10,6 +10,7 @@ from typing import Any
 from .imports import watch
 from .report import Report, Status
 
+_installed: frozenset[str] = frozenset()
 HOSTS = ("trl", "verl", "openrlhf", "nemo_rl", "slime")
 
 __all__ = ["HOSTS", "Report", "Status", "host", "install", "patch", "unpatch"]
@@ -55,7 +56,7 @@ def unpatch(name: str | None = None) -> list[Report]:
 
 
 def install(names: str | None = None) -> None:
-    """Patches frameworks when they are imported, without importing them.
+    """Patches frameworks when they are imported, without importing them. `import fastrlhf` does it where FASTRLHF_PATCH is set.
 
     Args:
         names: comma-separated; None takes the environment variable FASTRLHF_PATCH.
@@ -65,8 +66,12 @@ def install(names: str | None = None) -> None:
     """
     from .patching import apply, log
 
+    global _installed
     for name in filter(None, (n.strip() for n in (os.environ.get("FASTRLHF_PATCH", "") if names is None else names).split(","))):
         found = host(name)
+        if name in _installed:
+            continue
+        _installed |= {name}
 
         def when_imported(_: Any, found: Any = found) -> None:
             log(str(apply(found, eager=False)))
