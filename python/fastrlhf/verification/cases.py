@@ -259,6 +259,7 @@ def vocabulary_cases(make: _Maker) -> Iterator[Case]:
         lambda t, b: ops.logits_policy_loss(t["logits"], t["labels"], t["old"], t["advantages"], t["mask"], backend=b).loss,
         ("logits",),
     )  # fmt: skip
+    yield from head_cases(make, policy)
     for name, x in (("top-k", other), ("top-k, -inf logits", banned)):
         drawn = {"logits": x.reshape(B * T, vocab)}
         yield Case(
@@ -272,3 +273,31 @@ def _sampled(logits: Tensor, backend: Any) -> Tensor:
     out = ops.sample(logits.float(), top_k=50, temperature=0.8, seed=3, backend=backend)
     assert out.logprobs is not None
     return out.logprobs
+
+
+def head_cases(make: _Maker, policy: Tensors) -> Iterator[Case]:
+    """From hidden states; the definition rounds nothing below its own dtype, as the kernels do."""
+    rows, hidden, vocab = policy["labels"].numel(), 64, make.shapes.vocab + 1
+    head = {
+        "hidden": make.normal(rows, hidden, seed=60).to(make.dtype), "weight": make.normal(vocab, hidden, seed=61, scale=0.3).to(make.dtype),
+        "bias": make.normal(vocab, seed=62).to(make.dtype), "labels": policy["labels"].reshape(rows).clone(),
+    }  # fmt: skip
+    head["labels"][::3] = -100
+
+    def logprobs(t: Tensors, backend: Any) -> Any:
+        out = ops.linear_logprobs(
+            t["hidden"], t["weight"], t["labels"], bias=t["bias"], temperature=0.8, softcap=30.0, entropy=True, backend=backend
+        )
+        return out.logprobs, out.entropy
+
+    name = f"{rows} x {hidden} x {vocab}, a third of the labels ignored"
+    yield Case("linear_logprobs", name, lambda: head, logprobs, ("hidden", "weight", "bias"))
+    flat = {n: policy[n].reshape(rows) for n in ("old", "advantages", "mask")}
+    both = {"hidden": head["hidden"], "weight": head["weight"], "labels": policy["labels"].reshape(rows), **flat}
+    yield Case(
+        "linear_policy_loss", f"ppo, {rows} x {hidden} x {vocab}", lambda: both,
+        lambda t, b: ops.linear_policy_loss(
+            t["hidden"], t["weight"], t["labels"], t["old"], t["advantages"], t["mask"], backend=b
+        ).loss,
+        ("hidden", "weight"),
+    )  # fmt: skip
