@@ -1,7 +1,7 @@
 """Training runs of TRL and of verl's functions, as they are and with ours in their place: the same seed, the same metrics?
 
-    python -m bench.hosts                    # all, each in two processes, and what came out beside each other
-    python -m bench.hosts --only grpo,gae --out build/hosts.json
+python -m bench.hosts                    # all, each in two processes, and what came out beside each other
+python -m bench.hosts --only grpo,gae --out build/hosts.json
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ def grpo(directory: Path) -> list[dict[str, float]]:
         num_iterations=2, temperature=0.9,
     )  # fmt: skip
     data = Dataset.from_dict({"prompt": sentences(64, 6, 1)})
-    return history(GRPOTrainer(str(directory), reward_funcs=reward, args=config, train_dataset=data, processing_class=words(directory)))
+    return history(
+        GRPOTrainer(str(directory), reward_funcs=reward, args=config, train_dataset=data, processing_class=words(directory))
+    )
 
 
 def sft(directory: Path) -> list[dict[str, float]]:
@@ -150,7 +152,11 @@ def actor(directory: Path) -> list[dict[str, float]]:
                 old_log_prob=old, log_prob=log_prob, advantages=advantages, response_mask=mask, config=config
             )
             kl = core_algos.kl_penalty(log_prob, old, "low_var_kl")
-            total = loss + 0.01 * core_algos.agg_loss(kl, mask, "token-mean") - 0.01 * core_algos.agg_loss(entropy, mask, "token-mean")
+            total = (
+                loss
+                + 0.01 * core_algos.agg_loss(kl, mask, "token-mean")
+                - 0.01 * core_algos.agg_loss(entropy, mask, "token-mean")
+            )
             optimizer.zero_grad()
             total.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -199,7 +205,13 @@ def one(name: str, patched: bool, directory: Path) -> dict[str, Any]:
     head.attach(host)
     start = time.perf_counter()
     rows = run(directory)
-    return {"rows": rows, "wall": time.perf_counter() - start, "live": live, "head_seconds": head.seconds, "head_bytes": head.bytes}
+    return {
+        "rows": rows,
+        "wall": time.perf_counter() - start,
+        "live": live,
+        "head_seconds": head.seconds,
+        "head_bytes": head.bytes,
+    }
 
 
 class Head:
@@ -249,7 +261,9 @@ def pair(name: str, directory: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "bench.hosts", "--child", name, "--directory", str(directory)]
         env = dict(os.environ, VERL_USE_EXTERNAL_PLUGINS="none")
         with tempfile.NamedTemporaryFile("r", suffix=".json") as out:
-            done = subprocess.run([*command, "--out", out.name, *(["--patched"] if patched else [])], env=env, capture_output=True)
+            done = subprocess.run(
+                [*command, "--out", out.name, *(["--patched"] if patched else [])], env=env, capture_output=True
+            )
             if done.returncode:
                 raise RuntimeError(f"{name}: {done.stderr.decode()[-2000:]}")
             found[patched] = json.loads(Path(out.name).read_text())

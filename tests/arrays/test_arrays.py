@@ -90,20 +90,26 @@ def test_bfloat16_by_dlpack():
     same(arrays.logprobs(x, y.numpy()).logprobs, fastrlhf.logprobs(x, y).logprobs)
 
 
-@pytest.mark.parametrize("mask", [None, gaps(), gaps().astype(np.float32), gaps().astype(np.int64)], ids=["none", "bool", "float", "int"])
+@pytest.mark.parametrize(
+    "mask", [None, gaps(), gaps().astype(np.float32), gaps().astype(np.int64)], ids=["none", "bool", "float", "int"]
+)
 def test_rollouts(mask):
     r, v, lp, ref, scores = batch(), batch(), batch(), batch(), draw.standard_normal(B).astype(np.float32)
     lam = draw.random(B).astype(np.float32)
     for options in ({"gamma": 0.9, "lam": 0.8}, {"mask_mode": "zero", "whiten": True}, {"lam": lam}):
         given = {k: tensor(x) if isinstance(x, np.ndarray) else x for k, x in options.items()}
-        for a, b in zip(arrays.gae(r, v, mask, **options), fastrlhf.gae(tensor(r), tensor(v), tensor(mask), **given), strict=True):
+        for a, b in zip(
+            arrays.gae(r, v, mask, **options), fastrlhf.gae(tensor(r), tensor(v), tensor(mask), **given), strict=True
+        ):
             same(a, b)
     same(arrays.discounted_returns(r, mask, gamma=0.9), fastrlhf.discounted_returns(tensor(r), tensor(mask), gamma=0.9))
     for function in ("shape_rewards", "experience"):
         extra = (v,) if function == "experience" else ()
         options = {"kl_coef": 0.1, "kl": "k3", "score_clip": 0.5}
         ours = getattr(arrays, function)(scores, lp, ref, *extra, mask, **options)
-        theirs = getattr(fastrlhf, function)(tensor(scores), tensor(lp), tensor(ref), *map(tensor, extra), tensor(mask), **options)
+        theirs = getattr(fastrlhf, function)(
+            tensor(scores), tensor(lp), tensor(ref), *map(tensor, extra), tensor(mask), **options
+        )
         for a, b in zip(ours, theirs, strict=True):
             same(a, b)
     assert arrays.masked_mean(r, mask) == float(fastrlhf.masked_mean(tensor(r), tensor(mask)))
@@ -131,16 +137,27 @@ def test_kl():
     for kind in KL_KINDS:
         ours = arrays.kl(a, b, kind=kind, clamp_input=2.0, clamp_output=1.0)
         same(ours, fastrlhf.kl(tensor(a), tensor(b), kind=kind, clamp_input=2.0, clamp_output=1.0))
-    x, y, mask = draw.standard_normal((B, V)).astype(np.float32), draw.standard_normal((B, V)).astype(np.float32), gaps()[:, 0].copy()
+    x, y, mask = (
+        draw.standard_normal((B, V)).astype(np.float32),
+        draw.standard_normal((B, V)).astype(np.float32),
+        gaps()[:, 0].copy(),
+    )
     for direction in DIRECTIONS:
-        same(arrays.kl_full(x, y, direction=direction, mask=mask), fastrlhf.kl_full(tensor(x), tensor(y), direction=direction, mask=tensor(mask)))
+        same(
+            arrays.kl_full(x, y, direction=direction, mask=mask),
+            fastrlhf.kl_full(tensor(x), tensor(y), direction=direction, mask=tensor(mask)),
+        )
 
 
 @pytest.mark.parametrize("kind", [*policy.KINDS, "gpg"])
 @pytest.mark.parametrize("reduction", policy.REDUCTIONS)
 def test_losses(kind, reduction):
     old, mask = -abs(batch()), gaps()
-    new, a, ref = old + batch() * 0.3, batch() if kind not in ("gspo", "gmpo") else draw.standard_normal(B).astype(np.float32), batch()
+    new, a, ref = (
+        old + batch() * 0.3,
+        batch() if kind not in ("gspo", "gmpo") else draw.standard_normal(B).astype(np.float32),
+        batch(),
+    )
     options = {"kind": kind, "reduction": reduction, "clip_high": 0.28, "dual_clip": 3.0, "kl_coef": 0.1, "denominator": 77.0}
     ours = arrays.policy_loss(new, old, a, mask, ref_logprobs=ref, **options)
     theirs = fastrlhf.policy_loss(tensor(new), tensor(old), tensor(a), tensor(mask), ref_logprobs=tensor(ref), **options)
@@ -152,7 +169,12 @@ def test_losses(kind, reduction):
 
 def test_names_are_the_definitions():
     """They are written twice, as the definitions import torch."""
-    assert (softmax.KINDS, softmax.DIRECTIONS, rollouts.MODES, rollouts.GROUPS) == (KL_KINDS, DIRECTIONS, MASK_MODES, GROUP_KINDS)
+    assert (softmax.KINDS, softmax.DIRECTIONS, rollouts.MODES, rollouts.GROUPS) == (
+        KL_KINDS,
+        DIRECTIONS,
+        MASK_MODES,
+        GROUP_KINDS,
+    )
     assert (losses.POLICY_KINDS, losses.REDUCTIONS, losses.POLICY_STATS) == (policy.KINDS, policy.REDUCTIONS, policy.STATS)
     assert losses.VALUE_STATS == value.STATS
 
@@ -160,10 +182,22 @@ def test_names_are_the_definitions():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: arrays.logprobs(np.zeros((2, 3), np.int8), np.zeros(2, np.int64)), TypeError, "logits: expected one of float32"),
-        (lambda: arrays.logprobs(np.zeros((2, 3), np.float32), np.zeros(3, np.int64)), ValueError, r"labels: expected shape \(2,\)"),
+        (
+            lambda: arrays.logprobs(np.zeros((2, 3), np.int8), np.zeros(2, np.int64)),
+            TypeError,
+            "logits: expected one of float32",
+        ),
+        (
+            lambda: arrays.logprobs(np.zeros((2, 3), np.float32), np.zeros(3, np.int64)),
+            ValueError,
+            r"labels: expected shape \(2,\)",
+        ),
         (lambda: arrays.logprobs(np.zeros((2, 3), np.float32), np.array([0, 7])), IndexError, "labels: 7 at flat position 1"),
-        (lambda: arrays.logprobs(object(), np.array([0, 7])), TypeError, "logits: expected an array with __dlpack__, got object"),
+        (
+            lambda: arrays.logprobs(object(), np.array([0, 7])),
+            TypeError,
+            "logits: expected an array with __dlpack__, got object",
+        ),
         (lambda: arrays.logprobs(np.zeros((2, 0), np.float32), np.array([0, 1])), ValueError, "V > 0"),
         (lambda: arrays.logprobs(np.zeros((2, 6), np.float32)[:, ::2], np.array([0, 1])), ValueError, "last dimension"),
         (lambda: arrays.logprobs(np.zeros((2, 3), np.float32), np.array([0, 1]), temperature=0), ValueError, "temperature"),

@@ -45,7 +45,9 @@ def drops_the_label_of_the_last_row(logits, rows, vocab, labels, scaling, kept, 
         add(results[0], 1e-3, rows - 1)
 
 
-def forgets_a_gap(shape, f64, rewards, scores, logprobs, ref, values, mask, bootstrap, shaping, gamma, lam, lams, mode, *outputs):
+def forgets_a_gap(
+    shape, f64, rewards, scores, logprobs, ref, values, mask, bootstrap, shaping, gamma, lam, lams, mode, *outputs
+):
     if mode == 0 and outputs[2]:
         add(outputs[2], 1e-3)
 
@@ -63,7 +65,11 @@ def test_passes_in_half_precision(dtype):
 @pytest.mark.parametrize(
     ("kernel", "damage", "names"),
     [
-        ("logprobs_forward", drops_the_label_of_the_last_row, "FAILED logprobs on a vocabulary of 205, a multiple of nothing: result 0"),
+        (
+            "logprobs_forward",
+            drops_the_label_of_the_last_row,
+            "FAILED logprobs on a vocabulary of 205, a multiple of nothing: result 0",
+        ),
         ("rollout", forgets_a_gap, "FAILED gae on gaps inside the mask, mask_mode carry: result 0"),
     ],
 )

@@ -45,7 +45,12 @@ class GeneralizedAdvantageEstimator:
 
 
 def calculate_kl(
-    logprobs, logprobs_reference, kl_type="k3", input_clamp_value=20.0, output_clamp_value=10.0, importance_sampling_weights=None
+    logprobs,
+    logprobs_reference,
+    kl_type="k3",
+    input_clamp_value=20.0,
+    output_clamp_value=10.0,
+    importance_sampling_weights=None,
 ):
     d = logprobs_reference - logprobs
     if input_clamp_value is not None:
@@ -92,7 +97,12 @@ def chunked_gae(rewards, values, gamma, lambd, chunk_size=128):
 
 def compute_approx_kl(log_probs, log_probs_base, kl_loss_type, importance_ratio=None):
     d = log_probs.float() - log_probs_base.float()
-    kinds = {"k1": lambda: d, "k2": lambda: d * d / 2, "k3": lambda: (-d).exp() - 1 + d, "low_var_kl": lambda: (-d).exp() - 1 + d}
+    kinds = {
+        "k1": lambda: d,
+        "k2": lambda: d * d / 2,
+        "k3": lambda: (-d).exp() - 1 + d,
+        "low_var_kl": lambda: (-d).exp() - 1 + d,
+    }
     if kl_loss_type not in kinds:
         raise ValueError(kl_loss_type)
     out = kinds[kl_loss_type]()
@@ -122,5 +132,3 @@ def modules(package: str) -> dict[str, types.ModuleType]:
                 setattr(made[path], f.__name__, f)
     made[package].__version__ = {"nemo_rl": "0.7.0", "slime": "0.3.1"}[package]
     return made
-
-

@@ -48,9 +48,7 @@ def test_equal(seam: Seam, sizes):
     module = contracts.modules(seam.module.split(".")[0])[seam.module]
     _, original = patching.find(seam, module)
     replacement = seam.build(original)
-    served = [
-        not compare(seam.function(original), seam.function(replacement), call).declined for call in seam.calls(sizes)
-    ]
+    served = [not compare(seam.function(original), seam.function(replacement), call).declined for call in seam.calls(sizes)]
     assert any(served)
 
 

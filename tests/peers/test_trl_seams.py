@@ -109,5 +109,3 @@ def test_the_runner_refuses_an_unknown_host(tmp_path):
         [sys.executable, "-m", "fastrlhf.integrations", "x.py"], capture_output=True, text=True, timeout=300, env=env
     )
     assert done.returncode != 0 and "must be one of" in done.stderr
-
-

@@ -225,7 +225,8 @@ def test_vocabulary_over_two_ranks(tmp_path):
         "def vocab_parallel_cross_entropy(vocab_parallel_logits, target):\n    raise AssertionError('not to be called')\n"
     )
     script = tmp_path / "ranks.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import sys, torch, torch.distributed as dist
         torch.compile = lambda f=None, **_: f if f else (lambda g: g)
         rank = int(sys.argv[1])
@@ -252,7 +253,8 @@ def test_vocabulary_over_two_ranks(tmp_path):
         wide = shard.view(1, 7, 20)
         torch.testing.assert_close(tp.vocab_parallel_entropy_with_chunking(wide), second.detach().view(1, 7))
         print("equal")
-    """))
+    """)
+    )
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]), OMP_NUM_THREADS="1")
     ranks = [
         subprocess.Popen(

@@ -38,7 +38,12 @@ def policy_loss(
 ) -> LossAndStats:  # fmt: skip
     """`fastrlhf.policy_loss`, without the rollout correction: rollout_logprobs give the statistics of the mismatch."""
     lp, cu = _first("logprobs", logprobs, cu_seqlens)
-    named = {"old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
+    named = {
+        "old_logprobs": old_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "entropy": entropy,
+    }
     arrays = {name: _optional(name, x, lp) for name, x in named.items()}
     if arrays["old_logprobs"] is None:
         raise TypeError("old_logprobs: expected an array, got None")

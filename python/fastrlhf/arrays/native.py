@@ -66,7 +66,9 @@ def empty(like: Any, first: View, shape: tuple[int, ...], float64: bool) -> Any:
         return np.empty(shape, np.float64 if float64 else np.float32)
     library = like.__array_namespace__() if hasattr(like, "__array_namespace__") else None
     if library is None or not hasattr(library, "empty"):
-        raise ValueError(f"results for a {type(like).__name__} on a GPU cannot be allocated: it has no __array_namespace__ with empty()")
+        raise ValueError(
+            f"results for a {type(like).__name__} on a GPU cannot be allocated: it has no __array_namespace__ with empty()"
+        )
     return library.empty(shape, dtype=library.float64 if float64 else library.float32)
 
 
@@ -131,5 +133,3 @@ def bound(name: str, value: Any) -> float:
     if not number(name, value) > 0:
         raise ValueError(f"{name}: expected a number > 0 or None, got {value!r}")
     return float(value)
-
-

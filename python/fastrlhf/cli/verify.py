@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("fastrlhf verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--host", action="append", help=f"one of {', '.join(HOSTS)}, all or none; repeatable; default: those installed")
+    p.add_argument(
+        "--host", action="append", help=f"one of {', '.join(HOSTS)}, all or none; repeatable; default: those installed"
+    )
     p.add_argument("--shapes", help="rows x tokens x vocabulary, as 8x1024x151936; default: 4x128x32000, on a GPU 4x512x151936")
     p.add_argument("--hidden", type=int, default=256, help="hidden size, for the seams that take hidden states")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of logits and hidden states")

@@ -67,7 +67,9 @@ def install(names: str | None = None) -> None:
     from .patching import apply, log
 
     global _installed
-    for name in filter(None, (n.strip() for n in (os.environ.get("FASTRLHF_PATCH", "") if names is None else names).split(","))):
+    for name in filter(
+        None, (n.strip() for n in (os.environ.get("FASTRLHF_PATCH", "") if names is None else names).split(","))
+    ):
         found = host(name)
         if name in _installed:
             continue

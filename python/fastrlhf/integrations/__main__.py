@@ -1,7 +1,7 @@
 """Runs a script or a module with the hosts of FASTRLHF_PATCH patched when they are imported:
 
-    FASTRLHF_PATCH=trl python -m fastrlhf.integrations train.py --its arguments
-    FASTRLHF_PATCH=openrlhf python -m fastrlhf.integrations -m openrlhf.cli.train_ppo_ray --its arguments
+FASTRLHF_PATCH=trl python -m fastrlhf.integrations train.py --its arguments
+FASTRLHF_PATCH=openrlhf python -m fastrlhf.integrations -m openrlhf.cli.train_ppo_ray --its arguments
 """
 
 from __future__ import annotations

@@ -191,7 +191,9 @@ def _replace(host: Host, seam: Seam, module: ModuleType, known: bool) -> Applied
     if seam.calls is not None:
         error = verified(seam, original, replacement)
     elif not known:
-        raise Unavailable(f"cannot be compared with the host's function here ({seam.unverified}), and the version is not tested")
+        raise Unavailable(
+            f"cannot be compared with the host's function here ({seam.unverified}), and the version is not tested"
+        )
     else:
         note = f"not compared: {seam.unverified}"
     places = [place, *_others(host, seam, module, original, place)]
@@ -254,7 +256,11 @@ def _restore(host: Host, applied: Applied) -> Status:
     if applied.original is not None:
         for loaded in _modules(host):  # also those that imported the replacement by name
             known = {(id(p.holder), p.key) for p in places}
-            places += [Place(loaded, k) for k, v in list(vars(loaded).items()) if v is applied.replacement and (id(loaded), k) not in known]
+            places += [
+                Place(loaded, k)
+                for k, v in list(vars(loaded).items())
+                if v is applied.replacement and (id(loaded), k) not in known
+            ]
     left = 0
     for place in places:
         if place.get() is not applied.replacement:

@@ -141,9 +141,16 @@ def token_cases(make: _Maker) -> Iterator[Case]:
         yield Case("masked_var", name, lambda t=tensors: t, lambda t, b: ops.masked_var(t["x"], t["mask"], backend=b), ("x",))  # type: ignore[misc]
         yield Case("whiten", name, lambda t=tensors: t, lambda t, b: ops.whiten(t["x"], t["mask"], backend=b), ("x",))  # type: ignore[misc]
         large = {"x": make.batch(3) + 1e4, "mask": mask}
-        yield Case("masked_var", f"{name}, a mean of 1e4", lambda t=large: t, lambda t, b: ops.masked_var(t["x"], t["mask"], backend=b))  # type: ignore[misc]
+        yield Case(
+            "masked_var", f"{name}, a mean of 1e4", lambda t=large: t, lambda t, b: ops.masked_var(t["x"], t["mask"], backend=b)
+        )  # type: ignore[misc]
         hostile = {"x": make.batch(3).masked_fill(~mask, torch.nan), "mask": mask}
-        yield Case("masked_mean", f"{name}, NaN outside it", lambda t=hostile: t, lambda t, b: ops.masked_mean(t["x"], t["mask"], backend=b))  # type: ignore[misc]
+        yield Case(
+            "masked_mean",
+            f"{name}, NaN outside it",
+            lambda t=hostile: t,
+            lambda t, b: ops.masked_mean(t["x"], t["mask"], backend=b),
+        )  # type: ignore[misc]
     scores = {"scores": make.normal(make.shapes.rows * 4, seed=6), "ids": _groups(make)}
     for kind in ("grpo", "dr_grpo", "rloo"):
         yield Case(
@@ -199,7 +206,13 @@ def pair_cases(make: _Maker) -> Iterator[Case]:
             lambda t, b, kind=kind: ops.preference_loss(*(t[n] for n in names), kind=kind, backend=b).loss, names[:2],  # type: ignore[misc]
         )  # fmt: skip
     rewards = {n: pairs[n] for n in names[:2]}
-    yield Case("reward_loss", "differences of 30", lambda: rewards, lambda t, b: ops.reward_loss(*t.values(), backend=b).loss, names[:2])
+    yield Case(
+        "reward_loss",
+        "differences of 30",
+        lambda: rewards,
+        lambda t, b: ops.reward_loss(*t.values(), backend=b).loss,
+        names[:2],
+    )
     targets = make.normal(make.shapes.rows * 8, seed=30)
     targets[::3] = -100.0
     told = {"predictions": make.normal(make.shapes.rows * 8, seed=31), "targets": targets}

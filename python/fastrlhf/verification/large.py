@@ -47,4 +47,6 @@ def check_large(device: str, backend: str | None) -> Result | None:
     flat = (out.logprobs[-11:-3].double().cpu() - uniform).abs().max()
     same = torch.equal(out.logprobs[-3:], alone.logprobs) and torch.equal(out.entropy[-3:], alone.entropy)
     passed = same and float(flat) < 1e-5
-    return Result("op", "logprobs", name, passed, float(flat), 1e-5, "" if same else "the last rows differ from the same rows alone")
+    return Result(
+        "op", "logprobs", name, passed, float(flat), 1e-5, "" if same else "the last rows differ from the same rows alone"
+    )

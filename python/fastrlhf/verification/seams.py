@@ -54,7 +54,11 @@ def check_seams(host: Host, sizes: Sizes, *, measure: bool) -> Iterator[Result |
 
 
 def _check(seam: Seam, call: Call, theirs: Any, ours: Any, sizes: Sizes) -> Result:
-    name = call.name if sizes == Sizes() else f"{call.name}, {sizes.rows}x{sizes.length}x{sizes.vocab} {sizes.dtype} {sizes.device}"
+    name = (
+        call.name
+        if sizes == Sizes()
+        else f"{call.name}, {sizes.rows}x{sizes.length}x{sizes.vocab} {sizes.dtype} {sizes.device}"
+    )
     bar = call.tolerance or agreement.TOLERANCES[sizes.dtype]
     try:
         found = agreement.compare(theirs, ours, call)

@@ -18,7 +18,11 @@ from ..seam import Call, Host, Seam, Sizes, decline, in_place_of, obstacle
 from . import semantics
 from .inputs import inputs
 
-MODEL, ALGORITHMS, ADVANTAGE = "nemo_rl.distributed.model_utils", "nemo_rl.algorithms.utils", "nemo_rl.algorithms.advantage_estimator"
+MODEL, ALGORITHMS, ADVANTAGE = (
+    "nemo_rl.distributed.model_utils",
+    "nemo_rl.algorithms.utils",
+    "nemo_rl.algorithms.advantage_estimator",
+)
 
 
 @functools.cache

@@ -163,7 +163,9 @@ def policy_loss(original: Any) -> Any:
         reason = _loss_obstacle(log_probs, action_mask, old_log_probs, advantages)
         if reason is None and self.is_correction_level != "off":
             reason = "a rollout correction"
-        if reason is None and (self.policy_loss_type not in ("ppo", "gspo") or (self.policy_loss_type == "gspo" and self.dual_clip)):
+        if reason is None and (
+            self.policy_loss_type not in ("ppo", "gspo") or (self.policy_loss_type == "gspo" and self.dual_clip)
+        ):
             reason = "another loss"
         if reason is not None:
             decline("openrlhf PolicyLoss", reason)
@@ -240,7 +242,9 @@ def value_loss_calls(sizes: Sizes) -> Iterator[Call]:
         for per_token in (True, False):
             for name, options in (("local counts", {}), ("global counts", GLOBAL)):
                 this = _self(clip_eps=clip, token_level_loss=per_token)
-                yield Call(f"clip {clip}, per token {per_token}, {name}", (this, v, old, r, make.mask()), dict(options), grads=(1,))
+                yield Call(
+                    f"clip {clip}, per token {per_token}, {name}", (this, v, old, r, make.mask()), dict(options), grads=(1,)
+                )
 
 
 # --- advantages --------------------------------------------------------------------------------------------------------------
@@ -293,7 +297,9 @@ SEAMS = (
     Seam(UTILS, "compute_approx_kl", compute_approx_kl, kl_calls, "kl"),
     Seam(LOSS, "PolicyLoss.forward", policy_loss, policy_loss_calls, "policy_loss"),
     Seam(LOSS, "ValueLoss.forward", value_loss, value_loss_calls, "value_loss"),
-    Seam(EXPERIENCE, f"{MAKER}.get_advantages_and_returns", advantages_and_returns, recursion_calls(True), "gae", on_import=True),
+    Seam(
+        EXPERIENCE, f"{MAKER}.get_advantages_and_returns", advantages_and_returns, recursion_calls(True), "gae", on_import=True
+    ),
     Seam(EXPERIENCE, f"{MAKER}.get_cumulative_returns", cumulative_returns, recursion_calls(False), "gae", on_import=True),
 )
 HOST = Host("openrlhf", "openrlhf", "openrlhf", ("0.11", "0.11"), SEAMS)

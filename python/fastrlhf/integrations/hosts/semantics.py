@@ -88,9 +88,7 @@ def own_shard(logits: Tensor, group: Any) -> ops.VocabParallel:
     return ops.VocabParallel(group, rank * columns, (rank + 1) * columns, group.size() * columns)
 
 
-def denominator(
-    mode: str, width: int, dp_size: float, tokens: Any, sequences: Any, scale: Any = None
-) -> float | Tensor | None:
+def denominator(mode: str, width: int, dp_size: float, tokens: Any, sequences: Any, scale: Any = None) -> float | Tensor | None:
     """What a reduction divides by for a host that gives global counts and multiplies by dp_size."""
     if mode == "token-sum":
         return None

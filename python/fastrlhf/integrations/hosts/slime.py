@@ -36,7 +36,11 @@ def log_probs_and_entropy(original: Any) -> Any:
             decline("slime calculate_log_probs_and_entropy", reason)
             options: dict[str, Any] = {"with_entropy": with_entropy}
             if chunk_size != -1 or log_prob_keep_mask is not None or not with_entropy_grad:
-                options |= {"chunk_size": chunk_size, "log_prob_keep_mask": log_prob_keep_mask, "with_entropy_grad": with_entropy_grad}
+                options |= {
+                    "chunk_size": chunk_size,
+                    "log_prob_keep_mask": log_prob_keep_mask,
+                    "with_entropy_grad": with_entropy_grad,
+                }
             return original(logits, tokens, tp_group, **options)
         out = ops.logprobs(
             logits, tokens, entropy=with_entropy, kept=log_prob_keep_mask, ignore_index=semantics.NO_LABEL,
@@ -57,7 +61,9 @@ def logits_calls(sizes: Sizes) -> Iterator[Call]:
 
 def gae(original: Any) -> Any:
     @in_place_of(original)
-    def replacement(rewards: Tensor, values: Tensor, gamma: float, lambd: float, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def replacement(
+        rewards: Tensor, values: Tensor, gamma: float, lambd: float, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         reason = obstacle(rewards, "gae") or obstacle(values, "gae")
         if reason is not None or rewards.dtype != torch.float32 or values.dtype != torch.float32:
             decline(f"slime {original.__name__}", reason or "rewards or values that are not float32")
@@ -82,7 +88,9 @@ def compute_approx_kl(original: Any) -> Any:
     ) -> Tensor:
         kinds = {"k1": "k1", "k2": "k2", "k3": "k3", "low_var_kl": "k3"}
         reason = obstacle(log_probs, "kl") or obstacle(log_probs_base, "kl")
-        if reason is None and (kl_loss_type not in kinds or importance_ratio is not None or log_probs.shape != log_probs_base.shape):
+        if reason is None and (
+            kl_loss_type not in kinds or importance_ratio is not None or log_probs.shape != log_probs_base.shape
+        ):
             reason = "another type, an importance ratio or two shapes"
         if reason is not None:
             decline("slime compute_approx_kl", reason)

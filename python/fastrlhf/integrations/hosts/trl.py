@@ -54,9 +54,7 @@ def masked_labels(index: Tensor, row_mask: Tensor | None) -> Tensor:
 
 def selective_log_softmax(original: Any) -> Any:
     @in_place_of(original)
-    def replacement(
-        logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
-    ) -> Tensor:
+    def replacement(logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None) -> Tensor:
         check_temperature(original, temperature)
         reason = arguments_obstacle(logits, index, row_mask)
         if reason is not None:
@@ -88,7 +86,9 @@ def selective_log_softmax_and_entropy(original: Any) -> Any:
         row_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         check_temperature(original, temperature)
-        reason = arguments_obstacle(logits, index, row_mask) or ("an index of several columns" if index.dim() == logits.dim() else None)
+        reason = arguments_obstacle(logits, index, row_mask) or (
+            "an index of several columns" if index.dim() == logits.dim() else None
+        )
         if reason is not None:
             decline("trl selective_log_softmax_and_entropy", reason)
             return original(logits, index, entropy_requires_grad, temperature, row_mask)

@@ -231,7 +231,9 @@ def gae_calls(sizes: Sizes) -> Iterator[Call]:
     r, v = make.batch(), make.batch()
     for dtype in (torch.float32, torch.int64):
         for gamma, lam in ((0.99, 0.95), (1.0, 1.0), (0.9, 0.0)):
-            yield Call(f"{dtype} mask with gaps, gamma {gamma}, lam {lam}", (r, v, make.mask(dtype), gamma, lam), tolerance=1e-4)
+            yield Call(
+                f"{dtype} mask with gaps, gamma {gamma}, lam {lam}", (r, v, make.mask(dtype), gamma, lam), tolerance=1e-4
+            )
     yield Call("an empty mask", (r, v, torch.zeros_like(r), 1.0, 0.95), raises=ValueError)
 
 

@@ -83,7 +83,9 @@ def grpo_calls(sizes: Sizes) -> Iterator[Call]:
 
 
 def seam(name: str, build: Callable[[Any], Any], compared: Callable[[Sizes], Iterator[Call]] = calls) -> Seam:
-    return Seam(ALGORITHMS, f"compute_{name}_outcome_advantage", build, compared, "group_advantages", ("ADV_ESTIMATOR_REGISTRY",))
+    return Seam(
+        ALGORITHMS, f"compute_{name}_outcome_advantage", build, compared, "group_advantages", ("ADV_ESTIMATOR_REGISTRY",)
+    )
 
 
 GROUP_SEAMS: tuple[Seam | Entry, ...] = (

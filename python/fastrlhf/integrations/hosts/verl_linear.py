@@ -61,7 +61,9 @@ def linear_cross_entropy(original: Any) -> Any:
         hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Any = 1.0, reduction: str = "none",
         dist_process_group: Any = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        reason = obstacle(hidden, "linear_logprobs") or (f"reduction {reason_}" if (reason_ := reduction.lower()) != "none" else None)
+        reason = obstacle(hidden, "linear_logprobs") or (
+            f"reduction {reason_}" if (reason_ := reduction.lower()) != "none" else None
+        )
         if reason is not None:
             decline("verl linear_cross_entropy", reason)
             return original(hidden, weight, labels, temperature, reduction, dist_process_group)

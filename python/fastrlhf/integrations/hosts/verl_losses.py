@@ -177,4 +177,3 @@ LOSS_ENTRIES: tuple[Entry, ...] = (
         for kind in ("grpo", "dr_grpo", "rloo", "reinforce++", "opo")
     ),
 )
-
