@@ -66,7 +66,8 @@ def sentences(count: int, length: int, seed: int) -> list[str]:
 def settings(directory: Path) -> dict[str, Any]:
     """Of every TRL run."""
     return {
-        "output_dir": str(directory / "out"), "max_steps": STEPS, "logging_steps": 1, "report_to": [], "seed": 7, "use_cpu": True,
+        "output_dir": str(directory / "out"), "max_steps": STEPS, "logging_steps": 1, "report_to": [], "seed": 7,
+        "use_cpu": True,
         "save_strategy": "no", "learning_rate": 1e-3, "bf16": False, "disable_tqdm": True, "lr_scheduler_type": "constant",
         "gradient_checkpointing": False,
     }  # fmt: skip

@@ -8,8 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import arrays, ops
-    from .integrations import patch, unpatch
+    from . import arrays as arrays
+    from . import ops as ops
+    from .integrations import patch as patch
+    from .integrations import unpatch as unpatch
     from .ops import *  # noqa: F403  # the ops are the package's face
 
 try:

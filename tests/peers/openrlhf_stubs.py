@@ -23,8 +23,6 @@ ABSENT = {
 class Absent(types.ModuleType):
     """Anything may be imported from it."""
 
-    __path__: list[str] = []
-
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)

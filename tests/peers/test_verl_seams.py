@@ -12,7 +12,6 @@ import fastrlhf
 import pytest
 import torch
 from fastrlhf import integrations
-from fastrlhf.integrations import patching
 from fastrlhf.integrations.agreement import compare
 from fastrlhf.integrations.hosts.inputs import inputs
 from fastrlhf.integrations.hosts.verl import HOST

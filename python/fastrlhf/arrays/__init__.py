@@ -1,4 +1,4 @@
-"""The operations for arrays that are not torch tensors: NumPy, and by DLPack JAX and CuPy. Forward only; torch is never imported.
+"""The operations for arrays that are not torch tensors: NumPy, and by DLPack JAX and CuPy. Forward only, without torch.
 
 Arguments, formulas, shapes and errors are those of the functions of the same name in `fastrlhf`. Results are arrays of the kind
 that the first argument is, float32 (float64 for float64 inputs); statistics of losses are dicts of floats. bfloat16 is taken

@@ -59,7 +59,8 @@ def policy_loss(
         raise ValueError(f"dual_clip: expected a number > 1, got {dual_clip}")
     numbers = (
         number("clip_low", clip_low, 0.0), number("clip_high", clip_high, 0.0), dual_clip or math.inf,
-        bound("ratio_clamp", ratio_clamp), bound("delta", delta), bound("tau_pos", tau_pos), bound("tau_neg", tau_neg), 0.0, 0.0,
+        bound("ratio_clamp", ratio_clamp), bound("delta", delta), bound("tau_pos", tau_pos), bound("tau_neg", tau_neg),
+        0.0, 0.0,
         number("kl_coef", kl_coef), number("entropy_coef", entropy_coef),
         math.nan if denominator is None else bound("denominator", denominator),
     )  # fmt: skip
@@ -94,7 +95,8 @@ def value_loss(
     f64 = wide(v, target)
     loss, stats = _results(f64, VALUE_STATS)
     native.value_loss(
-        rows(v, cu), f64, tokens(v), tokens(old), tokens(target), tokens(_optional("mask", mask, v, MASKS)), bound("clip", clip),
+        rows(v, cu), f64, tokens(v), tokens(old), tokens(target), tokens(_optional("mask", mask, v, MASKS)),
+        bound("clip", clip),
         one_of("reduction", reduction, REDUCTIONS), math.nan if denominator is None else bound("denominator", denominator), 0,
         address(loss), address(stats), lane,
     )  # fmt: skip

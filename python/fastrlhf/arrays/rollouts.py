@@ -27,8 +27,8 @@ class Experience(NamedTuple):
 
 def _run(
     op: str, like: Any, rewards: View | None, scores: View | None, logprobs: View | None, ref: View | None, values: View | None,
-    mask: View | None, bootstrap: View | None, cu: View | None, shaping: tuple[float, int, float, float], gamma: float, lam: Any,
-    mode: int, white: bool,
+    mask: View | None, bootstrap: View | None, cu: View | None, shaping: tuple[float, int, float, float], gamma: float,
+    lam: Any, mode: int, white: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
     first = rewards if rewards is not None else logprobs
     assert first is not None
@@ -49,8 +49,10 @@ def _run(
         for wanted in (rewards is None, rewards is None, values is not None or rewards is not None, values is not None)
     ]
     arguments = (
-        tokens(rewards), tokens(scores, True), tokens(logprobs), tokens(ref), tokens(values), tokens(mask), tokens(bootstrap, True),
-        shaping, float(gamma), 1.0 if lams is not None else number("lam", lam, 0.0, 1.0), 0 if lams is None else address(lams), mode,
+        tokens(rewards), tokens(scores, True), tokens(logprobs), tokens(ref), tokens(values), tokens(mask),
+        tokens(bootstrap, True), shaping, float(gamma), 1.0 if lams is not None else number("lam", lam, 0.0, 1.0),
+        0 if lams is None else address(lams),
+        mode,
         *(address(o) for o in out),
     )  # fmt: skip
     shape = rows(first, cu)

@@ -38,7 +38,7 @@ class Call:
         grads: positions of the arguments whose gradients are compared too.
         raises: what both functions must raise.
         tolerance: relative and absolute, over the dtype's own; for results that the host rounds on the way.
-        differs: the host's result is known to be wrong here, and why: ours is checked to be finite, the host's is not looked at.
+        differs: why the host's result is wrong here: ours must be finite, the host's is not looked at.
     """
 
     name: str

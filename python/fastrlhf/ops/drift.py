@@ -30,7 +30,7 @@ def logprob_drift(
     cu_seqlens: Tensor | None = None,
     bins: int = 4,
 ) -> LogprobDrift:
-    """Log-probs of the inference engine against those the trainer computes for the same tokens, Δ = logprobs - rollout_logprobs.
+    """Log-probs of the inference engine against the trainer's for the same tokens, Δ = logprobs - rollout_logprobs.
 
     A sampler and a trainer with the same weights should give ratios e^Δ near 1. Quantization, other kernels, a missed weight
     update, a temperature or a top-p that only one of them applies do not; the share outside [0.9, 1.1] says how often.

@@ -162,7 +162,8 @@ def token_cases(make: _Maker) -> Iterator[Case]:
             pair = {"a": make.batch(7, scale), "b": make.batch(8, scale)}
             yield Case(
                 "kl", f"{kind}, {name}", lambda t=pair: t,  # type: ignore[misc]
-                lambda t, b, kind=kind, clamp=clamp: ops.kl(t["a"], t["b"], kind=kind, clamp_input=clamp, backend=b), ("a", "b"),  # type: ignore[misc]
+                lambda t, b, kind=kind, clamp=clamp: ops.kl(t["a"], t["b"], kind=kind, clamp_input=clamp, backend=b),  # type: ignore[misc]
+                ("a", "b"),
             )  # fmt: skip
 
 
@@ -292,7 +293,8 @@ def head_cases(make: _Maker, policy: Tensors) -> Iterator[Case]:
     """From hidden states; the definition rounds nothing below its own dtype, as the kernels do."""
     rows, hidden, vocab = policy["labels"].numel(), 64, make.shapes.vocab + 1
     head = {
-        "hidden": make.normal(rows, hidden, seed=60).to(make.dtype), "weight": make.normal(vocab, hidden, seed=61, scale=0.3).to(make.dtype),
+        "hidden": make.normal(rows, hidden, seed=60).to(make.dtype),
+        "weight": make.normal(vocab, hidden, seed=61, scale=0.3).to(make.dtype),
         "bias": make.normal(vocab, seed=62).to(make.dtype), "labels": policy["labels"].reshape(rows).clone(),
     }  # fmt: skip
     head["labels"][::3] = -100

@@ -114,7 +114,8 @@ def gae(original: Any) -> Any:
         lam = self.gae_lambda if gae_lambda is None else gae_lambda
         per_row = isinstance(lam, Tensor) and lam.dim() == 1
         return ops.gae(
-            token_level_rewards.detach(), values.detach(), mask, gamma=float(self.gae_gamma), lam=lam if per_row else float(lam),
+            token_level_rewards.detach(), values.detach(), mask, gamma=float(self.gae_gamma),
+            lam=lam if per_row else float(lam),
             mask_mode="carry",
         )  # fmt: skip
 

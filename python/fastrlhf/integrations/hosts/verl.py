@@ -346,7 +346,10 @@ SEAMS: tuple[Seam | Entry, ...] = (
     Seam(ALGORITHMS, "kl_penalty", kl_penalty, kl_calls, "kl"),
     *LOSS_ENTRIES,
     *LINEAR_SEAMS,
-    Seam(PARALLEL, "vocab_parallel_log_probs_from_logits", parallel_logprobs, None, "logprobs", on_import=True, unverified=RANKS),
+    Seam(
+        PARALLEL, "vocab_parallel_log_probs_from_logits", parallel_logprobs, None, "logprobs", on_import=True,
+        unverified=RANKS,
+    ),
     Seam(PARALLEL, "vocab_parallel_entropy", parallel_entropy, None, "logprobs", on_import=True, unverified=RANKS),
     Seam(
         PARALLEL, "vocab_parallel_entropy_with_chunking", parallel_entropy_with_chunking, None, "logprobs", on_import=True,
