@@ -99,9 +99,9 @@ def matrix(name: str, v: View) -> tuple[int, int, int, int, int]:
     if v.strides[-1] != 1 and v.shape[-1] > 1:
         raise ValueError(f"{name}: the last dimension must be contiguous, got strides {v.strides}")
     if len(v.shape) <= 3 and len(v.shape) > 1:
-        inner = v.shape[1] if len(v.shape) == 3 else 1
-        strides = v.strides[:-1] if len(v.shape) == 3 else (v.strides[0], 0)
-        return (v.pointer, CODES[v.dtype], max(inner, 1), *strides)
+        if len(v.shape) == 2:
+            return (v.pointer, CODES[v.dtype], 1, v.strides[0], 0)
+        return (v.pointer, CODES[v.dtype], max(v.shape[1], 1), v.strides[0], v.strides[1])
     if not v.contiguous:
         raise ValueError(f"{name}: more than three dimensions must be contiguous, got strides {v.strides}")
     return (v.pointer, CODES[v.dtype], 1, v.shape[-1], 0)

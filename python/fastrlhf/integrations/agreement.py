@@ -147,5 +147,6 @@ def _compare_errors(theirs: Any, ours: Any, call: Call) -> Agreement:
     for name, got in (("the host", theirs), ("ours", ours)):
         if not isinstance(got, expected):
             what = f"raised {type(got).__name__}: {got}" if isinstance(got, Exception) else "raised nothing"
-            raise Disagreement(f"{call.name}: {name} {what}; expected {expected.__name__}")
+            names = " or ".join(e.__name__ for e in (expected if isinstance(expected, tuple) else (expected,)))
+            raise Disagreement(f"{call.name}: {name} {what}; expected {names}")
     return Agreement(0.0)

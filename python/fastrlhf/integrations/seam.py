@@ -45,7 +45,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     grads: tuple[int, ...] = ()
-    raises: type[Exception] | None = None
+    raises: type[Exception] | tuple[type[Exception], ...] | None = None
     tolerance: float | None = None
     differs: str | None = None
 

@@ -6,7 +6,8 @@ verl hides what a plugin raises; the report goes to the log at INFO, whatever be
 from __future__ import annotations
 
 from .hosts.verl import HOST
-from .patching import apply, log, logger
+from .patching import apply, log
+from .seam import logger
 
 try:
     REPORT = apply(HOST, eager=True)

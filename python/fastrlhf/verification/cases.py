@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,10 @@ def cases(shapes: Shapes, dtype: torch.dtype, device: str) -> Iterator[Case]:
     yield from pair_cases(make)
     yield from rollout_cases(make)
     yield from vocabulary_cases(make)
+
+
+def _given(tensors: Tensors) -> Callable[[], Tensors]:
+    return lambda: tensors
 
 
 @dataclass(frozen=True)
@@ -134,35 +139,35 @@ def token_cases(make: _Maker) -> Iterator[Case]:
         tensors = {"x": make.batch(3), "r": make.batch(4), "v": make.batch(5), "mask": mask}
         for mode in ("carry", "zero"):
             yield Case(
-                "gae", f"{name}, mask_mode {mode}", lambda t=tensors: t,  # type: ignore[misc]
-                lambda t, b, mode=mode: ops.gae(t["r"], t["v"], t["mask"], gamma=0.99, lam=0.95, mask_mode=mode, backend=b),  # type: ignore[misc]
+                "gae", f"{name}, mask_mode {mode}", _given(tensors),
+                partial(_gae, mode),
             )  # fmt: skip
-        yield Case("masked_mean", name, lambda t=tensors: t, lambda t, b: ops.masked_mean(t["x"], t["mask"], backend=b), ("x",))  # type: ignore[misc]
-        yield Case("masked_var", name, lambda t=tensors: t, lambda t, b: ops.masked_var(t["x"], t["mask"], backend=b), ("x",))  # type: ignore[misc]
-        yield Case("whiten", name, lambda t=tensors: t, lambda t, b: ops.whiten(t["x"], t["mask"], backend=b), ("x",))  # type: ignore[misc]
+        yield Case("masked_mean", name, _given(tensors), lambda t, b: ops.masked_mean(t["x"], t["mask"], backend=b), ("x",))
+        yield Case("masked_var", name, _given(tensors), lambda t, b: ops.masked_var(t["x"], t["mask"], backend=b), ("x",))
+        yield Case("whiten", name, _given(tensors), lambda t, b: ops.whiten(t["x"], t["mask"], backend=b), ("x",))
         large = {"x": make.batch(3) + 1e4, "mask": mask}
         yield Case(
-            "masked_var", f"{name}, a mean of 1e4", lambda t=large: t, lambda t, b: ops.masked_var(t["x"], t["mask"], backend=b)
-        )  # type: ignore[misc]
+            "masked_var", f"{name}, a mean of 1e4", _given(large), lambda t, b: ops.masked_var(t["x"], t["mask"], backend=b)
+        )
         hostile = {"x": make.batch(3).masked_fill(~mask, torch.nan), "mask": mask}
         yield Case(
             "masked_mean",
             f"{name}, NaN outside it",
-            lambda t=hostile: t,
+            _given(hostile),
             lambda t, b: ops.masked_mean(t["x"], t["mask"], backend=b),
-        )  # type: ignore[misc]
+        )
     scores = {"scores": make.normal(make.shapes.rows * 4, seed=6), "ids": _groups(make)}
     for kind in ("grpo", "dr_grpo", "rloo"):
         yield Case(
-            "group_advantages", f"{kind}, groups of several sizes, one of one", lambda: scores,
-            lambda t, b, kind=kind: ops.group_advantages(t["scores"], t["ids"], kind=kind, backend=b),  # type: ignore[misc]
+            "group_advantages", f"{kind}, groups of several sizes, one of one", _given(scores),
+            partial(_group_advantages, kind),
         )  # fmt: skip
     for kind in ("k1", "k2", "k3"):
         for name, scale, clamp in (("near", 0.3, None), ("log-ratios of 60, clamped", 60.0, 20.0)):
             pair = {"a": make.batch(7, scale), "b": make.batch(8, scale)}
             yield Case(
-                "kl", f"{kind}, {name}", lambda t=pair: t,  # type: ignore[misc]
-                lambda t, b, kind=kind, clamp=clamp: ops.kl(t["a"], t["b"], kind=kind, clamp_input=clamp, backend=b),  # type: ignore[misc]
+                "kl", f"{kind}, {name}", _given(pair),
+                partial(_kl, kind, clamp),
                 ("a", "b"),
             )  # fmt: skip
 
@@ -186,14 +191,12 @@ def loss_cases(make: _Maker) -> Iterator[Case]:
             ("cispo", {}), ("reinforce", {"reduction": "seq-mean-token-sum-norm"}),
         ):  # fmt: skip
             yield Case(
-                "policy_loss", f"{kind}, {name}", lambda t=tensors: t,  # type: ignore[misc]
-                lambda t, b, kind=kind, options=options: ops.policy_loss(  # type: ignore[misc]
-                    t["logprobs"], t["old"], t["advantages"], t["mask"], kind=kind, backend=b, **options
-                ).loss,
+                "policy_loss", f"{kind}, {name}", _given(tensors),
+                partial(_policy_loss, kind, options),
                 ("logprobs",),
             )  # fmt: skip
         yield Case(
-            "value_loss", name, lambda t=tensors: t,  # type: ignore[misc]
+            "value_loss", name, _given(tensors),
             lambda t, b: ops.value_loss(t["values"], t["old_values"], t["returns"], t["mask"], backend=b).loss, ("values",),
         )  # fmt: skip
 
@@ -203,14 +206,14 @@ def pair_cases(make: _Maker) -> Iterator[Case]:
     pairs = {n: -make.normal(make.shapes.rows * 8, seed=20 + i, scale=30.0).abs() for i, n in enumerate(names)}
     for kind in ("dpo", "ipo", "hinge"):
         yield Case(
-            "preference_loss", f"{kind}, log-ratios of 30", lambda: pairs,
-            lambda t, b, kind=kind: ops.preference_loss(*(t[n] for n in names), kind=kind, backend=b).loss, names[:2],  # type: ignore[misc]
+            "preference_loss", f"{kind}, log-ratios of 30", _given(pairs),
+            partial(_preference_loss, kind), names[:2],
         )  # fmt: skip
     rewards = {n: pairs[n] for n in names[:2]}
     yield Case(
         "reward_loss",
         "differences of 30",
-        lambda: rewards,
+        _given(rewards),
         lambda t, b: ops.reward_loss(*t.values(), backend=b).loss,
         names[:2],
     )
@@ -218,7 +221,7 @@ def pair_cases(make: _Maker) -> Iterator[Case]:
     targets[::3] = -100.0
     told = {"predictions": make.normal(make.shapes.rows * 8, seed=31), "targets": targets}
     yield Case(
-        "regression_loss", "a third without a target", lambda: told,
+        "regression_loss", "a third without a target", _given(told),
         lambda t, b: ops.regression_loss(t["predictions"], t["targets"], backend=b).loss, ("predictions",),
     )  # fmt: skip
 
@@ -231,21 +234,21 @@ def rollout_cases(make: _Maker) -> Iterator[Case]:
         }  # fmt: skip
         options: dict[str, Any] = {"kl_coef": 0.1, "kl": "k3", "score_clip": 1.0}
         yield Case(
-            "shape_rewards", name, lambda t=t: t,  # type: ignore[misc]
+            "shape_rewards", name, _given(t),
             lambda t, b: ops.shape_rewards(t["scores"], t["logprobs"], t["ref"], t["mask"], backend=b, **options),
         )  # fmt: skip
         yield Case(
-            "experience", name, lambda t=t: t,  # type: ignore[misc]
+            "experience", name, _given(t),
             lambda t, b: ops.experience(
                 t["scores"], t["logprobs"], t["ref"], t["values"], t["mask"], whiten=True, backend=b, **options
             ),
         )  # fmt: skip
         yield Case(
-            "discounted_returns", name, lambda t=t: t,  # type: ignore[misc]
+            "discounted_returns", name, _given(t),
             lambda t, b: ops.discounted_returns(t["values"], t["mask"], gamma=0.97, backend=b),
         )  # fmt: skip
         yield Case(
-            "sequence_logprobs", name, lambda t=t: t,  # type: ignore[misc]
+            "sequence_logprobs", name, _given(t),
             lambda t, b: ops.sequence_logprobs(t["logprobs"], t["mask"], average=True, backend=b), ("logprobs",),
         )  # fmt: skip
 
@@ -260,8 +263,8 @@ def vocabulary_cases(make: _Maker) -> Iterator[Case]:
     pair = {"logits": logits, "ref": other}
     for direction in ("forward", "reverse", "js"):
         yield Case(
-            "kl_full", f"{direction}, {B * T} x {vocab}", lambda: pair,
-            lambda t, b, d=direction: ops.kl_full(t["logits"], t["ref"], direction=d, backend=b), ("logits", "ref"),  # type: ignore[misc]
+            "kl_full", f"{direction}, {B * T} x {vocab}", _given(pair),
+            partial(_kl_full, direction), ("logits", "ref"),
         )  # fmt: skip
     old = -make.normal(B, T, seed=51).abs()
     policy = {
@@ -269,7 +272,7 @@ def vocabulary_cases(make: _Maker) -> Iterator[Case]:
         "mask": torch.ones(B, T, dtype=torch.bool, device=make.device),
     }  # fmt: skip
     yield Case(
-        "logits_policy_loss", f"ppo, {B * T} x {vocab}", lambda: policy,
+        "logits_policy_loss", f"ppo, {B * T} x {vocab}", _given(policy),
         lambda t, b: ops.logits_policy_loss(t["logits"], t["labels"], t["old"], t["advantages"], t["mask"], backend=b).loss,
         ("logits",),
     )  # fmt: skip
@@ -277,7 +280,7 @@ def vocabulary_cases(make: _Maker) -> Iterator[Case]:
     for name, x in (("top-k", other), ("top-k, -inf logits", banned)):
         drawn = {"logits": x.reshape(B * T, vocab)}
         yield Case(
-            "sample", f"{name}, the log-probs of its tokens", lambda t=drawn: t,  # type: ignore[misc]
+            "sample", f"{name}, the log-probs of its tokens", _given(drawn),
             lambda t, b: _sampled(t["logits"], b),
         )  # fmt: skip
 
@@ -306,13 +309,39 @@ def head_cases(make: _Maker, policy: Tensors) -> Iterator[Case]:
         return out.logprobs, out.entropy
 
     name = f"{rows} x {hidden} x {vocab}, a third of the labels ignored"
-    yield Case("linear_logprobs", name, lambda: head, logprobs, ("hidden", "weight", "bias"))
+    yield Case("linear_logprobs", name, _given(head), logprobs, ("hidden", "weight", "bias"))
     flat = {n: policy[n].reshape(rows) for n in ("old", "advantages", "mask")}
     both = {"hidden": head["hidden"], "weight": head["weight"], "labels": policy["labels"].reshape(rows), **flat}
     yield Case(
-        "linear_policy_loss", f"ppo, {rows} x {hidden} x {vocab}", lambda: both,
+        "linear_policy_loss", f"ppo, {rows} x {hidden} x {vocab}", _given(both),
         lambda t, b: ops.linear_policy_loss(
             t["hidden"], t["weight"], t["labels"], t["old"], t["advantages"], t["mask"], backend=b
         ).loss,
         ("hidden", "weight"),
     )  # fmt: skip
+
+
+def _gae(mode: str, t: Tensors, backend: Any) -> Any:
+    return ops.gae(t["r"], t["v"], t["mask"], gamma=0.99, lam=0.95, mask_mode=mode, backend=backend)
+
+
+def _group_advantages(kind: str, t: Tensors, backend: Any) -> Tensor:
+    return ops.group_advantages(t["scores"], t["ids"], kind=kind, backend=backend)
+
+
+def _kl(kind: str, clamp: float | None, t: Tensors, backend: Any) -> Tensor:
+    return ops.kl(t["a"], t["b"], kind=kind, clamp_input=clamp, backend=backend)
+
+
+def _kl_full(direction: str, t: Tensors, backend: Any) -> Tensor:
+    return ops.kl_full(t["logits"], t["ref"], direction=direction, backend=backend)
+
+
+def _policy_loss(kind: str, options: dict[str, Any], t: Tensors, backend: Any) -> Tensor:
+    inputs = (t["logprobs"], t["old"], t["advantages"], t["mask"])
+    return ops.policy_loss(*inputs, kind=kind, backend=backend, **options).loss
+
+
+def _preference_loss(kind: str, t: Tensors, backend: Any) -> Tensor:
+    pair = (t["chosen"], t["rejected"], t["ref_chosen"], t["ref_rejected"])
+    return ops.preference_loss(*pair, kind=kind, backend=backend).loss

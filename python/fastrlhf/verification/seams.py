@@ -89,6 +89,6 @@ def _run(function: Any, call: Call) -> Callable[[], None]:
         result = function(*args, **call.kwargs)
         outputs = [t for t in agreement.tensors(result) if t.requires_grad]
         if wanted and outputs:
-            torch.autograd.grad(sum(o.sum() for o in outputs), wanted, allow_unused=True)
+            torch.autograd.grad([o.sum() for o in outputs], wanted, allow_unused=True)
 
     return run

@@ -121,7 +121,7 @@ def logits_calls(*, both: bool) -> Any:
             half = 0.1 if both else 2e-2
             yield Call("bfloat16", (x.bfloat16(), y), grads=(0,), tolerance=half)
             yield Call("float64", (x.double(), y), grads=(0,))
-            yield Call("a label of -100", (x, torch.full_like(y, -100)), raises=(RuntimeError, IndexError))  # type: ignore[arg-type]
+            yield Call("a label of -100", (x, torch.full_like(y, -100)), raises=(RuntimeError, IndexError))
         shifted = make.logits(sizes.rows, sizes.length)
         shifted[..., ::3] = -torch.inf
         first = torch.ones_like(y)

@@ -75,13 +75,15 @@ def _from_hidden(
         h, w = hidden.to(dtype), weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
         # softcap·tanh(scale·z/softcap)/T = softcap'·tanh(z/softcap')/T' with both divided by the scale
-        out = ops.linear_logprobs(  # type: ignore[attr-defined,unused-ignore]
+        out = ops.linear_logprobs(
             h, w, targets, bias=b, temperature=temperature / scale, softcap=None if softcap is None else softcap / scale,
             entropy="entropy" in outputs or "is_top1" in outputs,
         )  # fmt: skip
         with torch.no_grad():
             mean = _mean_logits(h, w, b, scale / temperature) if "mean_logits" in outputs else None
-            top = _is_top1(h, w, b, targets, out.logprobs, out.entropy) if "is_top1" in outputs else None
+            top = None
+            if out.entropy is not None and "is_top1" in outputs:
+                top = _is_top1(h, w, b, targets, out.logprobs, out.entropy)
     return out.logprobs, out.entropy if "entropy" in outputs else None, None, mean, top
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -105,7 +106,7 @@ def batch_logits_calls(sizes: Sizes) -> Iterator[Call]:
     x, y = make.logits(sizes.rows, sizes.length), make.labels(sizes.rows, sizes.length)
     yield Call("(B, T, V)", (x, y), grads=(0,), tolerance=None if sizes.dtype == torch.float32 else 2e-2)
     if sizes == Sizes():
-        yield Call("a label of -100", (x, torch.full_like(y, -100)), raises=(RuntimeError, IndexError))  # type: ignore[arg-type]
+        yield Call("a label of -100", (x, torch.full_like(y, -100)), raises=(RuntimeError, IndexError))
 
 
 # --- masked statistics -------------------------------------------------------------------------------------------------------
@@ -284,9 +285,7 @@ def kl_calls(sizes: Sizes) -> Iterator[Call]:
 
 
 def tensor_parallel_group() -> Any:
-    from megatron.core import parallel_state
-
-    return parallel_state.get_tensor_model_parallel_group()
+    return importlib.import_module("megatron.core.parallel_state").get_tensor_model_parallel_group()
 
 
 def parallel_logprobs(original: Any) -> Any:

@@ -29,9 +29,8 @@ def fused_linear(original: Any) -> Any:
             if reason is not None:
                 decline("verl FusedLinearForPPOFunction", reason)
                 return original.apply(hidden_states, vocab_weights, input_ids, temperature, chunk_size)
-            out = ops.linear_logprobs(  # type: ignore[attr-defined,unused-ignore]
-                hidden_states, vocab_weights, input_ids, temperature=temperature, entropy=True
-            )
+            out = ops.linear_logprobs(hidden_states, vocab_weights, input_ids, temperature=temperature, entropy=True)
+            assert out.entropy is not None
             return out.logprobs.float(), out.entropy.to(hidden_states.dtype)
 
     FusedLinear.__name__ = FusedLinear.__qualname__ = original.__name__
@@ -68,9 +67,10 @@ def linear_cross_entropy(original: Any) -> Any:
             decline("verl linear_cross_entropy", reason)
             return original(hidden, weight, labels, temperature, reduction, dist_process_group)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        out = ops.linear_logprobs(  # type: ignore[attr-defined,unused-ignore]
+        out = ops.linear_logprobs(
             flat, weight, labels.reshape(-1), temperature=temperature, entropy=True, vocab_parallel=dist_process_group
         )
+        assert out.entropy is not None
         return out.logprobs.float(), out.entropy.float()
 
     replacement.__fastrlhf__ = True  # type: ignore[attr-defined]
