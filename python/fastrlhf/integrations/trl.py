@@ -1,7 +1,7 @@
 """TRL's GRPO trainer with its loss, gradient and KL in one pass over the tokens, as a subclass:
 
-    from fastrlhf.integrations.trl import fused_loss
-    trainer = fused_loss(GRPOTrainer)(model=..., reward_funcs=..., args=..., train_dataset=...)
+from fastrlhf.integrations.trl import fused_loss
+trainer = fused_loss(GRPOTrainer)(model=..., reward_funcs=..., args=..., train_dataset=...)
 """
 
 from __future__ import annotations

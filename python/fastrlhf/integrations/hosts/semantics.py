@@ -62,12 +62,21 @@ def sums(values: Tensor, mask: Tensor, dim: int | None) -> Tensor:
     return row_sums(wide, m.reshape(wide.shape), False, backend=backend)[0].reshape(x.shape[:-1])
 
 
-def whiten_all(x: Tensor, mask: Tensor, *, shift_mean: bool, unbiased: bool, eps: float, of: Tensor | None = None) -> Tensor:
-    """Whitened by the moments of what the mask counts, also where it does not."""
+def whiten_all(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    shift_mean: bool,
+    unbiased: bool,
+    eps: float,
+    of: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Whitened by the moments of what the mask counts, also where it does not; `out` may be x."""
     backend = backends.choose("whiten", x, None)
     if of is None:
         of = moments(x, mask, backend)
-    return standardize_by(of, x, None, shift_mean, unbiased, eps, backend)
+    return standardize_by(of, x, None, shift_mean, unbiased, eps, backend, out)
 
 
 def group_ids(index: Iterable[Any], device: torch.device) -> Tensor:

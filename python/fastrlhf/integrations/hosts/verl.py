@@ -221,8 +221,8 @@ def gae(original: Any) -> Any:
             lam=lam if isinstance(lam, Tensor) and lam.dim() else float(lam), mask_mode="carry",
         )  # fmt: skip
         of = counted_moments(advantages, response_mask)
-        white = semantics.whiten_all(advantages, response_mask, shift_mean=True, unbiased=True, eps=1e-8, of=of)
-        return white, returns
+        semantics.whiten_all(advantages, response_mask, shift_mean=True, unbiased=True, eps=1e-8, of=of, out=advantages)
+        return advantages, returns
 
     return replacement
 
