@@ -310,6 +310,8 @@ def head_cases(make: _Maker, policy: Tensors) -> Iterator[Case]:
 
     name = f"{rows} x {hidden} x {vocab}, a third of the labels ignored"
     yield Case("linear_logprobs", name, _given(head), logprobs, ("hidden", "weight", "bias"))
+    ref = {"ref_hidden": make.normal(rows, hidden, seed=63).to(make.dtype), "ref_weight": head["weight"].flip(0).contiguous()}
+    yield Case("linear_scores", f"k3, {name}", lambda: {n: head[n] for n in ("hidden", "weight", "labels")} | ref, _scores)
     flat = {n: policy[n].reshape(rows) for n in ("old", "advantages", "mask")}
     both = {"hidden": head["hidden"], "weight": head["weight"], "labels": policy["labels"].reshape(rows), **flat}
     yield Case(
@@ -345,3 +347,8 @@ def _policy_loss(kind: str, options: dict[str, Any], t: Tensors, backend: Any) -
 def _preference_loss(kind: str, t: Tensors, backend: Any) -> Tensor:
     pair = (t["chosen"], t["rejected"], t["ref_chosen"], t["ref_rejected"])
     return ops.preference_loss(*pair, kind=kind, backend=backend).loss
+
+
+def _scores(t: Tensors, backend: Any) -> Any:
+    out = ops.linear_scores(t["hidden"], t["weight"], t["labels"], (t["ref_hidden"], t["ref_weight"]), backend=backend)
+    return out.logprobs, out.kl
