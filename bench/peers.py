@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
+
+os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"  # its own functions, not ours in their place
 
 
 def find(module: str, name: str) -> Any | None:

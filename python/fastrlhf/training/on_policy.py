@@ -15,7 +15,7 @@ from ..config import REQUIRED, option, section
 from ..data import PromptDataset, PromptStream, open_rows
 from ..errors import ConfigError
 from ..generation import EmbeddedEngine
-from ..ops import AdaptiveKL, FixedKL
+from ..ops import AdaptiveKL, FixedKL, logprob_drift
 from ..seeds import mix
 from .loop import RunConfig
 from .metrics import Value
@@ -154,6 +154,10 @@ class OnPolicy(ABC):
                 rollout.ref_logprobs = self.policy.reference_logprobs(rollout.sequences)
         metrics: dict[str, Value] = dict(rollout.metrics)
         metrics |= self.learn(rollout, step, progress)
+        recomputed = rollout.first_logprobs if rollout.logprobs is None else rollout.logprobs
+        if recomputed is not None:
+            drift = logprob_drift(rollout.rollout_logprobs, recomputed, rollout.mask, cu_seqlens=rollout.cu_seqlens)
+            metrics["drift"] = drift.stats
         metrics |= {
             "data/epoch": float(self.prompts.epoch),
             "data/skipped": float(self.prompts.skipped),

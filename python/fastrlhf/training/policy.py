@@ -166,6 +166,10 @@ class Policy:
             hidden = self.model(batch.tokens, batch.pack)[batch.at]
             new = token_logprobs(self.model, hidden, batch.labels, temperature=self.temperature, entropy=True)
             assert new.entropy is not None
+            if rollout.logprobs is None:
+                if rollout.first_logprobs is None:
+                    rollout.first_logprobs = torch.full_like(rollout.rollout_logprobs, torch.nan)
+                rollout.first_logprobs[batch.rows] = new.logprobs.detach()
             picked = torch.tensor(batch.members, device=self.device)
             out = policy_loss(
                 new.logprobs,
