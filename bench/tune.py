@@ -79,6 +79,13 @@ def combine() -> Call:
     return lambda: kernels.combine(labels, None, partials, temperature=1.0, ignore_index=-100, **results)
 
 
+def linear(dtype: torch.dtype) -> Call:
+    rows, vocab, width = (4096, 128256, 4096) if dtype == torch.bfloat16 else (1024, 32000, 1024)
+    hidden, weight = randn(rows, width, dtype=dtype), randn(vocab, width, dtype=dtype)
+    labels = torch.randint(vocab, (rows,), device="cuda")
+    return lambda: f.linear_logprobs(hidden, weight, labels, backend="triton")
+
+
 def kl_full_forward(vocab: int) -> Call:
     x, y = logits(vocab, 2**29), logits(vocab, 2**29)
     return lambda: f.kl_full(x, y, backend="triton")
@@ -171,6 +178,14 @@ TUNED = [
     Tuned("kl", _TOKENS, [(None, kl)]),
     Tuned("kl_full.backward", _ROWS, by_vocabulary(kl_full_backward)),
     Tuned("kl_full.forward", _ROWS, by_vocabulary(kl_full_forward)),
+    Tuned(
+        "linear_logprobs.partials",
+        [
+            {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": w, "num_stages": s}
+            for m, n, k, w, s in itertools.product((64, 128), (32, 64, 128, 256), (32, 64), (4, 8), (3, 4))
+        ],
+        [(2, lambda: linear(torch.bfloat16)), (None, lambda: linear(torch.float32))],
+    ),
     Tuned("logprobs.backward", _ROWS, by_vocabulary(logprobs_backward)),
     Tuned("logprobs.combine", choices((64, 128, 256), (2, 4, 8), 0), [(None, combine)]),
     Tuned("logprobs.forward", _ROWS, by_vocabulary(logprobs_forward)),

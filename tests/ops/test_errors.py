@@ -33,7 +33,7 @@ CASES = [
     (f.logprobs, (logits, labels), {"temperature": torch.tensor([1.0, 0.0])}, ValueError, "temperature: every value"),
     (f.logprobs, (logits, labels), {"temperature": torch.ones(3)}, ValueError, "temperature: expected shape (2,)"),
     (f.logprobs, (logits, labels), {"softcap": 0.0}, ValueError, "softcap"),
-    (f.logprobs, (logits, labels), {"kept": torch.ones(2, 4, dtype=torch.bool)}, ValueError, "kept: expected the shape of logits, (2, 5), got (2, 4)"),
+    (f.logprobs, (logits, labels), {"kept": torch.ones(2, 4, dtype=torch.bool)}, ValueError, "kept: expected shape (2, 5), got (2, 4)"),
     (f.logprobs, (logits, labels), {"kept": (torch.tensor([0, 1]), torch.tensor([0]))}, ValueError, "kept indptr: expected 3 entries"),
     pytest.param(f.logprobs, (logits, labels), {"backend": "cuda"}, ValueError, "cuda: not part of this build", marks=pytest.mark.cpu_only),
     (f.logprobs, (logits, labels), {"backend": "gpu"}, ValueError, "backend: must be one of"),

@@ -47,9 +47,9 @@ def run(algorithm: str, words: list[str]) -> Any:
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
-    """Metrics without times."""
+    """Metrics without times and memory."""
     found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "time" and "second" not in k} for line in found]
+    return [{k: v for k, v in line.items() if k != "time" and "second" not in k and "memory" not in k} for line in found]
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
