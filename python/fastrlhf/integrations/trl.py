@@ -24,7 +24,8 @@ PASSED_ON = (
 def fused_loss(trainer: type) -> type:
     """A subclass of TRL's `GRPOTrainer` (1.16) whose loss is `fastrlhf.policy_loss`: the same value, gradient and metrics.
 
-    It serves `loss_type` grpo, bnpo, dr_grpo and dapo with token-level importance sampling, `delta`, and the KL to the reference.
+    It serves `loss_type` grpo, bnpo, dr_grpo and dapo with token-level importance sampling, `delta`, and the KL to the
+    reference.
     Anything else (sequence-level ratios, entropy bonus and quantile, off-policy masks, vLLM's importance weights, the
     bias-corrected KL, MoE's auxiliary loss) goes to TRL's own method, and the log says so once.
     """
