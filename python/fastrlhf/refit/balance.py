@@ -31,7 +31,7 @@ def choose(candidates: Ints, rank: Ints, places: Ints, dest: Ints, nbytes: Ints)
     width = int(count[several].max())
     region = first[several, None] + np.minimum(np.arange(width), count[several, None] - 1)
     holder = rank[region]
-    near, device = (places[holder, i] == dest[several, None, i] for i in (0, 1))
+    near, device = ((places[holder, i] == dest[several, None, i]) & (places[holder, i] >= 0) for i in (0, 1))
     distance = np.where(near, np.where(device, 0, 1), 2)
     allowed = (distance == distance.min(1, keepdims=True)) & (np.arange(width) < count[several, None])
     # sets of ranks by a sum of random words: equal sets are equal sums

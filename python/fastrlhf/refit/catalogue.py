@@ -64,7 +64,8 @@ class Catalogue:
     Args:
         regions: (n, 8) of REGION: [row, row + rows) x [col, col + cols) of a tensor lies at (local_row, local_col) of a param.
         pads: (n, 5) of PAD: what of a param no tensor has, as the rows of a padded vocabulary; filled with zeros.
-        places: (ranks, 2): node and device of each rank; copies within a device are preferred to those within a node.
+        places: (ranks, 2): node and device of each rank, -1 where unknown; copies within a device are preferred to those
+            within a node.
     """
 
     tensors: Tensors
@@ -201,7 +202,7 @@ class Builder:
             np.array(self._regions, np.int64).reshape(-1, len(REGION)),
             np.array(self._pads, np.int64).reshape(-1, len(PAD)),
             self.ranks,
-            np.stack([np.arange(self.ranks), np.zeros(self.ranks, np.int64)], 1),
+            np.full((self.ranks, 2), -1, np.int64),
         )
 
 
