@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -24,8 +25,24 @@ int shm() {
   return fd;
 }
 
+// What the kernel says can be had without swapping; no limit where it says nothing. Reserving more would not fail: it would
+// have processes killed.
+int64_t available() {
+  int64_t kilobytes = INT64_MAX >> 10;
+  if (FILE* file = std::fopen("/proc/meminfo", "r")) {
+    char line[128];
+    while (std::fgets(line, sizeof line, file)) {
+      long long found;
+      if (std::sscanf(line, "MemAvailable: %lld", &found) == 1) kilobytes = found;
+    }
+    std::fclose(file);
+  }
+  return kilobytes << 10;
+}
+
 bool reserve(int fd, int64_t bytes) {
   int error = EINTR;
+  if (bytes > available()) return errno = ENOMEM, false;
   if (ftruncate(fd, bytes) != 0) return false;
   while (error == EINTR) error = posix_fallocate(fd, 0, bytes);
   errno = error;
