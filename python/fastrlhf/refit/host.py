@@ -63,8 +63,12 @@ class Host:
                 message, _ = channel.receive()
                 if other(message):
                     continue
+                if message["kind"] == "begin":
+                    mine = int(message["epoch"])
                 try:
                     mine = self._answer(channel, message, mine)
+                except PeerLost:
+                    raise
                 except (RefitError, PlanError, ValueError, KeyError, TypeError) as error:
                     channel.send({"error": type(error).__name__, "text": str(error)})
         except PeerLost as error:
@@ -85,8 +89,7 @@ class Host:
         elif kind == "plan":
             channel.send({"digest": self._plan(from_message(message["source"]), message["digest"], message["ignore"])})
         elif kind == "begin":
-            channel.send({"slot": self._begin(message)})
-            return int(message["epoch"])
+            channel.send({"slot": self._begin(message, channel)})
         elif kind == "join":
             channel.send(self._join(message))
             return self.weights.epoch
@@ -127,11 +130,11 @@ class Host:
                 self.plan = plan
             return self.plan.digest
 
-    def _begin(self, message: Message) -> int:
+    def _begin(self, message: Message, channel: Channel) -> int:
         if self.plan is None:
             raise RefitError("plan: none has been agreed on")
         epoch, timeout = int(message["epoch"]), float(message["timeout"])
-        slot = self.weights.begin(epoch, int(message["version"]), message["mode"], timeout)
+        slot = self.weights.begin(epoch, int(message["version"]), message["mode"], timeout, alive=lambda: channel.alive)
         self._done = set()
         self._watch = threading.Timer(timeout, self.weights.fail, (epoch, f"it took longer than {timeout:g} s"))
         self._watch.daemon = True

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -124,13 +125,15 @@ class Weights:
     # ------------------------------------------------------------------------------------------------------------ refit
 
     def begin(
-        self, epoch: int, version: int, mode: str = "drain", timeout: float | None = None, *, shared: bool = False
-    ) -> int:
+        self, epoch: int, version: int, mode: str = "drain", timeout: float | None = None, *, shared: bool = False,
+        alive: Callable[[], bool] = lambda: True,
+    ) -> int:  # fmt: skip
         """Starts an attempt: waits until nobody reads what it will write, and returns that slot.
 
         Args:
             shared: nothing will be written, the memory holds the new weights already: readers who go on or are ended between
                 their steps need not be waited for.
+            alive: whether whoever asked is still there; asked while waiting.
 
         Raises:
             StaleEpoch: an epoch that is not later than the last one's.
@@ -154,9 +157,16 @@ class Weights:
             waits = not (shared and mode != "drain")
             slot = self.active if self.slots == 1 or self.version < 0 else 1 - self.active
             self._changed.notify_all()
-            if waits and not self._changed.wait_for(lambda: self._leases[slot] == 0 or self.state is not State.DRAINING, timeout):
-                self._settle(before)
-                raise RefitError(f"weights: {self._leases[slot]} reader(s) of slot {slot} did not stop within {timeout:g} s")
+            end = float("inf") if timeout is None else time.monotonic() + timeout
+            while waits and self._leases[slot] and self.state is State.DRAINING and self.epoch == epoch:
+                left = end - time.monotonic()
+                if left <= 0:
+                    self._settle(before)
+                    raise RefitError(f"weights: {self._leases[slot]} reader(s) of slot {slot} did not stop within {timeout:g} s")
+                self._changed.wait(min(left, 0.1))
+                if not alive():
+                    self._settle(before)
+                    raise PeerLost("trainer: it is gone")
             if self.epoch != epoch or self.state is not State.DRAINING:
                 raise StaleEpoch(f"epoch: attempt {epoch} was given up")
             self._target = (slot, version)

@@ -19,7 +19,8 @@ Message = dict[str, Any]
 
 
 class Channel:
-    """One end of a connection. One thread sends and one receives."""
+    """One end of a connection. One thread sends and one receives. After a `PeerLost` it is closed: an answer that comes late
+    can then not be taken for that to a later question."""
 
     def __init__(self, connection: socket.socket, peer: str) -> None:
         self.socket, self.peer = connection, peer
@@ -35,7 +36,7 @@ class Channel:
                 self.socket.sendall(header)
             self.socket.sendall(body)
         except OSError as error:
-            raise PeerLost(f"{self.peer}: it is gone ({error.strerror or error})") from error
+            raise self._lost(f"it is gone ({error.strerror or error})") from error
 
     def receive(self, timeout: float | None = None) -> tuple[Message, list[int]]:
         """The next message and its descriptors.
@@ -49,15 +50,15 @@ class Channel:
             if head and len(head) < _HEADER.size:
                 head += self._exactly(_HEADER.size - len(head))
             if not head:
-                raise PeerLost(f"{self.peer}: it is gone")
+                raise self._lost("it is gone")
             size, count = _HEADER.unpack(head)
             if size > _LIMIT or count != len(fds):
-                raise PeerLost(f"{self.peer}: it does not speak this protocol")
+                raise self._lost("it does not speak this protocol")
             return json.loads(self._exactly(size)), list(fds)
         except TimeoutError as error:
-            raise PeerLost(f"{self.peer}: no answer within {timeout:g} s") from error
+            raise self._lost(f"no answer within {timeout:g} s") from error
         except OSError as error:
-            raise PeerLost(f"{self.peer}: it is gone ({error.strerror or error})") from error
+            raise self._lost(f"it is gone ({error.strerror or error})") from error
 
     def ask(self, message: Message, timeout: float | None = None) -> Message:
         """Sends and waits for the answer."""
@@ -78,12 +79,16 @@ class Channel:
     def close(self) -> None:
         self.socket.close()
 
+    def _lost(self, why: str) -> PeerLost:
+        self.close()
+        return PeerLost(f"{self.peer}: {why}")
+
     def _exactly(self, size: int) -> bytes:
         out = bytearray(size)
         view, at = memoryview(out), 0
         while at < size:
             n = self.socket.recv_into(view[at:])
             if not n:
-                raise PeerLost(f"{self.peer}: it is gone")
+                raise self._lost("it is gone")
             at += n
         return bytes(out)

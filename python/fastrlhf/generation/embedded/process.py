@@ -143,7 +143,7 @@ class EmbeddedProcessEngine:
             self.session.target.close()
         if self._process is not None:
             try:
-                self._process.wait(5)
+                self._process.wait(0.5)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -157,7 +157,7 @@ class EmbeddedProcessEngine:
 
     def _running(self) -> Session:
         if self.session is not None and self._process is not None and self._generate is not None:
-            if self._process.poll() is None and self._generate.alive:
+            if self._process.poll() is None and self._generate.alive and self._target.alive:
                 return self.session
         if self._process is not None:
             self.close()
@@ -173,9 +173,9 @@ class EmbeddedProcessEngine:
             s.close()
         name = f"engine process {self._process.pid}"
         self._generate = Channel(ours[1], name)
-        target = PosixShm(
+        self._target = PosixShm(
             [Channel(ours[0], name)], catalogue_of(self.model), self._source.tensors, verify=self.verify,
             timeout=max(60.0, self.timeout),
         )  # fmt: skip
-        self.session = Session(target, mode=self.mode, timeout=self.timeout, phase=self._phase)
+        self.session = Session(self._target, mode=self.mode, timeout=self.timeout, phase=self._phase)
         return self.session

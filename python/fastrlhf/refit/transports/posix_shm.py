@@ -64,6 +64,10 @@ class PosixShm:
         return self.slots == 2 and len(self._engines) == 1
 
     @property
+    def alive(self) -> bool:
+        return all(c.alive for c in self.channels)
+
+    @property
     def nbytes(self) -> int:
         """What this rank writes."""
         return sum(e.nbytes for e in self._engines)
@@ -141,7 +145,7 @@ class _Engine:
             self._tables.append([np.ascontiguousarray(t) for t in np.split(table, cuts)])
 
     def begin(self, message: Message, epoch: int) -> None:
-        answer = self.ask(message, float(message["timeout"]) + 5)
+        answer = self.ask(message, float(message["timeout"]) + 2)
         if answer.get("epoch", epoch) != epoch:
             raise RefitError(f"epoch: this rank is at {epoch}, the engine at {answer['epoch']}")
         self._slot = int(answer["slot"])
