@@ -125,6 +125,10 @@ class Session:
             raise Poisoned(f"engine: {self.state.value}: {self.reason}; nothing is generated until a full refit succeeds")
         return self.version
 
+    def spoil(self, reason: str) -> None:
+        """The engine's weights are gone by other means, as an engine's sleep: POISONED until a refit."""
+        self.state, self.reason = State.POISONED, reason
+
     def _give_up(self, error: BaseException, state: State) -> None:
         self.state = state
         if state is State.POISONED:
