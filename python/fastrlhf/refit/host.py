@@ -44,16 +44,21 @@ class Host:
         self.dest, self.weights, self.arena, self.rank = dest, weights, arena, rank
         self.plan: Plan | None = None
         self._committed = committed
-        self._places = []
-        self.slot_bytes = 0
-        for slot in range(weights.slots):
-            places, self.slot_bytes = Places.in_arena(dest, rank, arena.address + slot * self.slot_bytes)
-            self._places.append(places)
-        if arena.nbytes < self.slot_bytes * weights.slots:
-            raise PlanError(f"arena: expected {self.slot_bytes * weights.slots} bytes, got {arena.nbytes}")
+        self._places, self.slot_bytes = self._lay()
         self._lock = threading.Lock()
         self._done: set[int] = set()
         self._watch: threading.Timer | None = None
+
+    def _lay(self) -> tuple[list[Places], int]:
+        """Where the parameters of each slot lie, and the bytes of one."""
+        out: list[Places] = []
+        size = 0
+        for slot in range(self.weights.slots):
+            places, size = Places.in_arena(self.dest, self.rank, self.arena.address + slot * size)
+            out.append(places)
+        if self.arena.nbytes < size * self.weights.slots:
+            raise PlanError(f"arena: expected {size * self.weights.slots} bytes, got {self.arena.nbytes}")
+        return out, size
 
     def serve(self, channel: Channel, other: Callable[[Message], bool] = lambda _: False) -> None:
         """Answers one trainer rank until it is gone. `other` takes messages of no refit and says whether it did."""

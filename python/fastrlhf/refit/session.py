@@ -135,5 +135,5 @@ class Session:
             self.reason = f"refit {self.epoch} failed: {error}"
         try:
             self.target.fail(self.epoch, str(error))
-        except (RefitError, OSError) as second:
+        except Exception as second:  # the first error is the one to raise
             self.state, self.reason = State.POISONED, f"refit {self.epoch} failed: {error}; and then: {second}"

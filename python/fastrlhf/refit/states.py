@@ -73,6 +73,7 @@ class Weights:
         self._target = (0, 0)  # (slot, version) of the attempt under way
         self._aborted = self._kept = 0  # leases of before that epoch are
         self._leases = [0, 0]
+        self._waiting = 0  # readers, for the refit under way to end
         self._changed = threading.Condition()
 
     # ------------------------------------------------------------------------------------------------------- generation
@@ -85,8 +86,13 @@ class Weights:
             RefitError: a refit took longer than `timeout` seconds.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._readable or self.state in (State.POISONED, State.EMPTY), timeout):
-                raise RefitError(f"weights: a refit has been under way for {timeout:g} s")
+            self._waiting += 1
+            try:
+                if not self._changed.wait_for(lambda: self._readable or self.state in (State.POISONED, State.EMPTY), timeout):
+                    raise RefitError(f"weights: a refit has been under way for {timeout:g} s")
+            finally:
+                self._waiting -= 1
+                self._changed.notify_all()
             return self._take()
 
     def step(self, lease: Lease) -> Lease:
@@ -148,6 +154,8 @@ class Weights:
                 raise RefitError(f"weights: attempt {self.epoch} is under way")
             if epoch <= self.epoch:
                 raise StaleEpoch(f"epoch: expected later than {self.epoch}, got {epoch}")
+            # who waited for the last refit has a turn before the next: refits that follow each other would starve readers
+            self._changed.wait_for(lambda: not (self._waiting and self.state is State.SERVING), timeout)
             before = self.state
             self.epoch, self.state = epoch, State.DRAINING
             if mode == "abort":
