@@ -150,12 +150,12 @@ class Weights:
         if version < 0:
             raise ValueError(f"version: expected >= 0, got {version}")
         with self._changed:
+            # who waited for the last refit has a turn before the next: refits that follow each other would starve readers
+            self._changed.wait_for(lambda: not (self._waiting and self.state is State.SERVING), timeout)
             if self.state in (State.DRAINING, State.REFITTING):
                 raise RefitError(f"weights: attempt {self.epoch} is under way")
             if epoch <= self.epoch:
                 raise StaleEpoch(f"epoch: expected later than {self.epoch}, got {epoch}")
-            # who waited for the last refit has a turn before the next: refits that follow each other would starve readers
-            self._changed.wait_for(lambda: not (self._waiting and self.state is State.SERVING), timeout)
             before = self.state
             self.epoch, self.state = epoch, State.DRAINING
             if mode == "abort":
