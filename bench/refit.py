@@ -38,7 +38,8 @@ def config(gigabytes: float) -> dict[str, Any]:
     layer = 2 * (2 * hidden * hidden + 2 * hidden * 512 + 3 * hidden * inner)
     layers = max(1, round((gigabytes * GB - 2 * 2 * vocab * hidden) / layer))
     return {
-        "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers,
         "num_attention_heads": 32, "num_key_value_heads": 8,
     }  # fmt: skip
 
@@ -134,7 +135,13 @@ def measure(gigabytes: float, threads: int, turns: int) -> dict[str, Any]:
             p.fill_(0.5)
     tensors = [t.detach() for t in parameters_of(model).values()]
     nbytes = sum(t.nbytes for t in tensors)
-    out: dict[str, Any] = {"bytes": nbytes, "parameters": len(tensors), "threads": threads, "turns": turns, "cpus": os.cpu_count()}
+    out: dict[str, Any] = {
+        "bytes": nbytes,
+        "parameters": len(tensors),
+        "threads": threads,
+        "turns": turns,
+        "cpus": os.cpu_count(),
+    }
     with EmbeddedProcessEngine(model, slots=1) as engine, clone_way(tensors, threads) as other:
         engine.update_weights(None, 0)
         ways = copy_ways(nbytes, threads) | {"refit": lambda: engine.update_weights(None, 1), "clone way": other}

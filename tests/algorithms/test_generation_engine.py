@@ -34,7 +34,10 @@ def run(kind: str, words: list[str]) -> tuple[list[dict[str, Any]], list[Any], d
     ("kind", "more"),
     [
         ("ppo", ["--generation.verify", "true"]),
-        ("grpo", ["--completions_per_prompt", "3", "--sampling.stop", "cat", "--generation.slots", "1", "--model.dtype", "bfloat16"]),
+        (
+            "grpo",
+            ["--completions_per_prompt", "3", "--sampling.stop", "cat", "--generation.slots", "1", "--model.dtype", "bfloat16"],
+        ),
     ],
 )
 def test_a_run_with_the_engine_in_its_own_process_is_the_run_in_one_process(
@@ -68,6 +71,8 @@ def test_an_engine_that_is_not_installed_is_named(
     assert f"generation.engine: {name}" in error and package in error and len(error.strip().splitlines()) == 1
 
 
-def test_an_engine_that_there_is_not_is_refused(on_policy: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_engine_that_there_is_not_is_refused(
+    on_policy: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "ppo", *on_policy("--generation.engine", "guess")]) == 2
     assert "generation.engine: expected one of 'embedded', 'embedded-process'" in capsys.readouterr().err

@@ -42,7 +42,9 @@ def test_a_plan_is_printed(config: str, capsys: pytest.CaptureFixture[str]) -> N
         (["--from", "tp8", "--to", "tp2", "--to-layout", "hf"], "hf holds whole tensors on one rank, got tp2"),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(words: list[str], message: str, config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_planned_is_one_line(
+    words: list[str], message: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["refit", "plan", "--model", config, *words]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1

@@ -23,7 +23,13 @@ def sources() -> list[Path]:
 
 
 def _digest(flags: list[str]) -> str:
-    files = [*ROOT.glob("kernels/**/*.h"), *ROOT.glob("kernels/**/*.cu*"), *ROOT.glob("src/csrc/*.*"), *ROOT.glob("src/csrc/refit/*"), *HERE.glob("shim.*")]
+    files = [
+        *ROOT.glob("kernels/**/*.h"),
+        *ROOT.glob("kernels/**/*.cu*"),
+        *ROOT.glob("src/csrc/*.*"),
+        *ROOT.glob("src/csrc/refit/*"),
+        *HERE.glob("shim.*"),
+    ]
     digest = hashlib.sha256(" ".join(flags).encode())
     for file in sorted(files):
         digest.update(file.read_bytes())

@@ -65,12 +65,14 @@ def change(model: Decoder) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_refits_and_completions(name: str, limit: int) -> None:
     model = P.decoder(0)
-    engine, fake = made(name, model, limit)
+    engine, _fake = made(name, model, limit)
     with pytest.raises(Poisoned):
         engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
     for version in range(3):
         done = engine.update_weights(None, version)
-        assert done.nbytes == sum(p.nbytes for p in model.parameters()) and done.copied == done.nbytes * (1 if "llm" == name[-3:] and name != "vllm" else 2)
+        assert done.nbytes == sum(p.nbytes for p in model.parameters()) and done.copied == done.nbytes * (
+            1 if name[-3:] == "llm" and name != "vllm" else 2
+        )
         own = EmbeddedEngine(model)
         seeds = P.SEEDS
         if name == "sglang":  # its seeds are of each sample
@@ -118,11 +120,11 @@ def test_a_cache_that_could_not_be_reset_is_a_failure(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_that_were_dropped_in_sleep_are_not_served(name: str) -> None:
-    engine, fake = made(name, P.decoder(0))
+    engine, _fake = made(name, P.decoder(0))
     engine.update_weights(None, 0)
     engine.sleep(*([2] if name == "vllm" else []))
     engine.wake()
-    with pytest.raises(Poisoned, match="drop|released"):
+    with pytest.raises(Poisoned, match=r"drop|released"):
         engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
     engine.update_weights(None, 1)
     assert engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
@@ -232,7 +234,7 @@ def test_bare_tensorrt_engines() -> None:
     assert session.state is State.POISONED
     refitter.answers = True
     del refitter.given["model.norm.weight"]
-    with pytest.raises(RefitError, match="model.norm.weight: the engine waits for it still"):
+    with pytest.raises(RefitError, match=r"model.norm.weight: the engine waits for it still"):
         session.refit(4)
 
 
@@ -283,11 +285,21 @@ def _extract_weights(payload, buffer): ...
 def update_weights_from_ipc(zmq_ctx, zmq_handle, device_id, *, run, post_hook=None): ...
 """)
     assert contract.check("checkpoint-engine", tmp_path) == []
-    path.write_text(path.read_text().replace("run, post_hook=None", "run").replace("    offset: int\n", "").replace("_rebuild_ipc", "_rebuilt"))
+    path.write_text(
+        path.read_text()
+        .replace("run, post_hook=None", "run")
+        .replace("    offset: int\n", "")
+        .replace("_rebuild_ipc", "_rebuilt")
+    )
     found = contract.check("checkpoint-engine", tmp_path)
     assert len(found) == 3
-    assert "expected (zmq_ctx, zmq_handle, device_id, *, run, post_hook=), found (zmq_ctx, zmq_handle, device_id, *, run)" in "".join(found)
-    assert "FlattenedTensorMetadata: without offset" in "".join(found) and "_rebuild_ipc: there is no such function" in "".join(found)
+    assert (
+        "expected (zmq_ctx, zmq_handle, device_id, *, run, post_hook=), found (zmq_ctx, zmq_handle, device_id, *, run)"
+        in "".join(found)
+    )
+    assert "FlattenedTensorMetadata: without offset" in "".join(found) and "_rebuild_ipc: there is no such function" in "".join(
+        found
+    )
     path.unlink()
     assert contract.check("checkpoint-engine", tmp_path) == [f"{file}: there is no such file"]
 

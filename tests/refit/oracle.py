@@ -124,7 +124,9 @@ class Split:
             mine = range(i // etp % ep * share, (i // etp % ep + 1) * share)
             w1, w3, w2 = ([self.t[f"{name}.{e}.{w}.weight"] for e in mine] for w in ("w1", "w3", "w2"))
             cut = i % etp
-            self.out[rank, name + ".w13"] = torch.cat([torch.cat([a.chunk(etp)[cut], b.chunk(etp)[cut]]) for a, b in zip(w1, w3)])
+            self.out[rank, name + ".w13"] = torch.cat(
+                [torch.cat([a.chunk(etp)[cut], b.chunk(etp)[cut]]) for a, b in zip(w1, w3)]
+            )
             self.out[rank, name + ".w2"] = torch.cat([x.chunk(etp, 1)[cut] for x in w2])
 
 

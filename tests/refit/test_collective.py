@@ -50,7 +50,11 @@ def ranks(rank: int, directory: str) -> None:
         target.tell(2, 0, 9, 3, target._word, 0)
         target.tell(3, 0, 9, 3, target._word, 0)
         os._exit(0)
-    params = {n: torch.full(tuple(t.reshape(t.shape[0], -1).shape), float("nan")) for (r, n), t in Split(c, B, tensors).out.items() if r == rank - 2}
+    params = {
+        n: torch.full(tuple(t.reshape(t.shape[0], -1).shape), float("nan"))
+        for (r, n), t in Split(c, B, tensors).out.items()
+        if r == rank - 2
+    }
     weights = Weights(1)
     dest = CollectiveDest(plan, rank - 2, params, weights, [0, 1], [2, 3], bucket=4096)
     for step in range(5):  # the refused attempt is followed by its being given up

@@ -123,7 +123,11 @@ def test_a_copy_costs_less_than_a_microsecond() -> None:
 
 
 def test_bad_tables_are_refused() -> None:
-    for row, message in (([0, 8, 1, 1, 1, 1], "no address"), ([8, 0, 1, 1, 1, 1], "no address"), ([8, 8, -1, 1, 1, 1], "negative size")):
+    for row, message in (
+        ([0, 8, 1, 1, 1, 1], "no address"),
+        ([8, 0, 1, 1, 1, 1], "no address"),
+        ([8, 8, -1, 1, 1, 1], "negative size"),
+    ):
         bad = np.array([row], np.int64)
         with pytest.raises(ValueError, match=f"copy 0 has {'a ' if 'neg' in message else ''}{message}"):
             _cpu.run_copies(bad.ctypes.data, 1, 0, 1)

@@ -78,12 +78,16 @@ def pair() -> tuple[Any, ...]:
 
 
 def test_slices_are_copied_straight_into_the_engines_parameters() -> None:
-    target, thread, held, params, expected, weights, device = pair()
+    target, thread, held, params, expected, _weights, device = pair()
     addresses = {n: p.data_ptr() for n, p in params.items()}
     session = Session(target)
     for version in range(3):
         done = session.refit(version)
-        assert done.copied == done.nbytes == sum(t.numel() * 4 for n, t in held.items() if "embed" not in n and "lm_head" not in n) + 2 * 301 * 8 * 4
+        assert (
+            done.copied
+            == done.nbytes
+            == sum(t.numel() * 4 for n, t in held.items() if "embed" not in n and "lm_head" not in n) + 2 * 301 * 8 * 4
+        )
         for n, t in expected.items():
             assert torch.equal(params[n], t.reshape(params[n].shape)), n
         for t in held.values():
@@ -106,7 +110,7 @@ def test_slices_are_copied_straight_into_the_engines_parameters() -> None:
 
 
 def test_a_trainer_that_goes_in_the_middle_poisons() -> None:
-    target, thread, *_, weights, device = pair()
+    target, thread, *_, weights, _device = pair()
     session = Session(target)
     session.refit(0)
     target.begin(5, 1, "drain", 5)
@@ -123,7 +127,17 @@ def test_it_needs_a_gpu() -> None:
         Gpu(torch.device("cpu"))
 
 
-SHAPES = [(1, 3 * TILE + 5, 0), (1000, 48, 16), (7, 16, 0), (3, TILE, 32), (5, 1, 3), (2000, 1, 0), (0, 5, 0), (9, 2 * TILE, 64), (33, 130, 2)]
+SHAPES = [
+    (1, 3 * TILE + 5, 0),
+    (1000, 48, 16),
+    (7, 16, 0),
+    (3, TILE, 32),
+    (5, 1, 3),
+    (2000, 1, 0),
+    (0, 5, 0),
+    (9, 2 * TILE, 64),
+    (33, 130, 2),
+]
 
 
 def problem() -> tuple[Any, Any, Any, Any]:
@@ -144,7 +158,7 @@ def problem() -> tuple[Any, Any, Any, Any]:
 
 
 def test_tiles_cover_each_copy_once() -> None:
-    table, source, dest, expected = problem()
+    table, _source, dest, expected = problem()
     cut = tiles(table)
     assert (cut[:, 2] * cut[:, 4]).max() <= TILE and (cut[:, 2:5:2] > 0).all()
     small = np.stack(
@@ -161,7 +175,7 @@ def test_the_copy_kernel_on_the_host(request: pytest.FixtureRequest) -> None:
         pytest.skip("of --kernels cuda")
     from fastrlhf.ops import backend
 
-    table, source, dest, expected = problem()
+    table, _source, dest, expected = problem()
     cut = tiles(table)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":

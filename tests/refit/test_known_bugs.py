@@ -15,10 +15,9 @@ import torch
 from fastrlhf.generation import foreign, vllm, vllm_worker
 from fastrlhf.generation.foreign import Bucket, Staging
 from fastrlhf.generation.vllm import VLLMEngine
-from fastrlhf.refit import PlanError, Poisoned, RefitError, Session, Weights
+from fastrlhf.refit import PlanError, Poisoned, RefitError, Session, Weights, states
 from fastrlhf.refit import catalogue as catalogues
 from fastrlhf.refit import plan as plans
-from fastrlhf.refit import states
 from fastrlhf.refit.host import Host
 from fastrlhf.refit.layouts import Layout, _Writer, catalogue_for, layout
 from fastrlhf.refit.memory import Places, copies, run
@@ -136,7 +135,7 @@ def test_what_nobody_writes_is_found_before_anything_is_copied() -> None:
         source, dest = catalogues.Builder(1), catalogues.Builder(1)
         for b, rows in ((source, 4), (dest, 3)):
             b.put(b.tensor("w", 4, 4, "float32"), 0, 0, rows, 4, b.param(0, "w", 4, 4, "float32"))
-        with pytest.raises(PlanError, match="rows 3..4, columns 0..4 would be written never"):
+        with pytest.raises(PlanError, match=r"rows 3..4, columns 0..4 would be written never"):
             make_plan(source.build(), dest.build(), ignore=frozenset({"w"}))
 
     only_with_the_fix(scenario, lambda patch: patch.setattr(plans, "_prove_written_once", lambda *a: None))
@@ -185,7 +184,9 @@ def test_a_quantisation_block_that_a_shard_cuts(tp: int) -> None:
     assert torch.equal(torch.cat([q.scale_inv for q in apart]), whole_q.scale_inv)
     odd = torch.randn(16 * 3, 64)
     straddling = [quantise_blocks(w, block) for w in odd.chunk(2)]  # 24 rows each
-    assert not torch.equal(torch.cat([q.data.view(torch.uint8) for q in straddling]), quantise_blocks(odd, block).data.view(torch.uint8))
+    assert not torch.equal(
+        torch.cat([q.data.view(torch.uint8) for q in straddling]), quantise_blocks(odd, block).data.view(torch.uint8)
+    )
     back = whole_q.data.float() * whole_q.scale_inv.repeat_interleave(16, 0).repeat_interleave(16, 1)
     assert (back - weight).abs().max() < weight.abs().max() * 2**-4
 
@@ -246,7 +247,7 @@ def test_completions_of_older_weights_in_the_prefix_cache() -> None:
     """vllm#9744, #46125, NVIDIA-NeMo/RL#4018 (17 steps), lmdeploy#4917: nothing reset the cache."""
 
     def scenario() -> None:
-        model, fake, engine = refitted()
+        model, _fake, engine = refitted()
         before = engine.generate(P.PROMPTS, P.SAMPLING, seeds=P.SEEDS)
         with torch.no_grad():
             for p in model.parameters():
@@ -280,7 +281,7 @@ def test_weights_that_are_left_unprocessed() -> None:
     """NVIDIA-NeMo/RL#4122, sglang#17114: the finishing hook was not run, or its error swallowed."""
 
     def scenario() -> None:
-        model, fake, engine = refitted()
+        _model, fake, _engine = refitted()
         assert fake.calls.count("finish_weight_update") == 1 and fake.state == "idle" and fake.version == "0"
 
     def unfinished(patch: pytest.MonkeyPatch) -> None:
@@ -294,7 +295,7 @@ def test_parameters_that_moved_are_seen() -> None:
     """vllm#48941, #48312, #54477: a captured graph went on with the old storage."""
 
     def scenario() -> None:
-        model, fake, engine = refitted()
+        _model, fake, engine = refitted()
         linear = fake.model.decoder.layers[0].mlp.down_proj
         reload = fakes.Model.finish
 
@@ -304,7 +305,7 @@ def test_parameters_that_moved_are_seen() -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fakes.Model, "finish", moving)
-            with pytest.raises(RuntimeError, match="layers.0.mlp.down_proj.weight: lies elsewhere after the update"):
+            with pytest.raises(RuntimeError, match=r"layers.0.mlp.down_proj.weight: lies elsewhere after the update"):
                 engine.update_weights(None, 1)
         assert engine.session.state is State.POISONED
 
@@ -340,7 +341,7 @@ def test_an_abort_that_leaves_a_mixture() -> None:
     """TensorRT-LLM#16642, and every engine there is: what was written stays, so it must not be served."""
 
     def scenario() -> None:
-        model, fake, engine = refitted()
+        _model, fake, engine = refitted()
         fake.model.fails_at = "model.norm.weight"
         with pytest.raises(RuntimeError):
             engine.update_weights(None, 1)

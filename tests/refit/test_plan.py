@@ -58,7 +58,7 @@ def test_every_tp_to_every_tp_is_a_gather_and_a_split(groups: int) -> None:
                 exact(c, b, a)
                 done += 1
             else:
-                with pytest.raises(PlanError, match="shared evenly|neither divides"):
+                with pytest.raises(PlanError, match=r"shared evenly|neither divides"):
                     planned(c, a, b)
     assert done >= 16
 
@@ -72,7 +72,9 @@ def test_pipelines_and_whole_tensors(pp: int) -> None:
     exact(config(num_hidden_layers=4 * pp), replace(layout(f"tp2pp{pp}", "megatron"), virtual=2), layout("tp2", "engine"))
 
 
-@pytest.mark.parametrize(("ep", "etp", "to_ep", "to_etp"), [(4, 1, 1, 1), (2, 2, 4, 1), (1, 4, 2, 2), (4, 1, 2, 1), (1, 1, 1, 4)])
+@pytest.mark.parametrize(
+    ("ep", "etp", "to_ep", "to_etp"), [(4, 1, 1, 1), (2, 2, 4, 1), (1, 4, 2, 2), (4, 1, 2, 1), (1, 1, 1, 4)]
+)
 def test_experts(ep: int, etp: int, to_ep: int, to_etp: int) -> None:
     c = config(model_type="mixtral", num_local_experts=8, intermediate_size=24)
     a = replace(layout("tp2pp2dp2", "megatron"), ep=ep, etp=etp)

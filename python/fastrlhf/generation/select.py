@@ -29,10 +29,14 @@ class GenerationConfig:
         choices=ENGINES,
     )
     mode: str = option(
-        "drain", "What new weights do to running requests: wait, end them, or let them go on.", choices=("drain", "abort", "keep")
+        "drain",
+        "What new weights do to running requests: wait, end them, or let them go on.",
+        choices=("drain", "abort", "keep"),
     )
     verify: bool = option(False, "Hash what is copied and compare with what arrived, where the engine can.")
-    slots: int = option(2, "embedded-process: 2 keeps the old weights until the new ones are whole, 1 overwrites.", low=1, high=2)
+    slots: int = option(
+        2, "embedded-process: 2 keeps the old weights until the new ones are whole, 1 overwrites.", low=1, high=2
+    )
     timeout: float = option(600.0, "Seconds for each phase of a refit.", above=0)
     options: dict[str, bool | int | float | str] = option({}, "Of the other engines: arguments of their constructor.")
     any_version: bool = option(False, "Use an engine of a version that was not checked.")

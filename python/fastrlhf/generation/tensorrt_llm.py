@@ -61,7 +61,8 @@ class TensorRTLLMEngine(ForeignEngine):
         self, prompts: list[list[int]], sampling: Sampling, seeds: Seq[int] | None
     ) -> list[list[tuple[list[int], list[float], str]]]:
         common = request_words(sampling) | {
-            "n": sampling.n, "max_tokens": sampling.max_tokens, "top_k": sampling.top_k or None, "stop": list(sampling.stop) or None,
+            "n": sampling.n, "max_tokens": sampling.max_tokens, "top_k": sampling.top_k or None,
+            "stop": list(sampling.stop) or None,
             "stop_token_ids": list(sampling.stop_tokens), "ignore_eos": True, "logprobs": 0, "include_stop_str_in_output": True,
         }  # fmt: skip
         each = [self._parameters(**common, seed=None if seeds is None else seeds[i] & 0x7FFFFFFF) for i in range(len(prompts))]

@@ -96,7 +96,9 @@ class VLLMTarget(WholeTensors):
             self._staging = Staging(max(self.limit, largest), weight.device)
             _, arguments = reduce_tensor(self._staging.buffer)
             key = device_key(weight.device, prefix=False)
-            self.llm.init_weight_transfer_engine({"init_info": {"handles": {key: arguments}, "nbytes": self._staging.buffer.nbytes}})
+            self.llm.init_weight_transfer_engine(
+                {"init_info": {"handles": {key: arguments}, "nbytes": self._staging.buffer.nbytes}}
+            )
         self.llm.start_weight_update()
         self._open, self.epoch = True, epoch
 

@@ -95,7 +95,9 @@ def make_engine(base: Any, reload: Any) -> Any:
 
         def finish_weight_update(self) -> None:
             reload.finalize_layerwise_reload(self.model, self.model_config)
-            moved = [n for n, p in self.model.named_parameters() if p.data_ptr() != (self._addresses or {}).get(n, p.data_ptr())]
+            moved = [
+                n for n, p in self.model.named_parameters() if p.data_ptr() != (self._addresses or {}).get(n, p.data_ptr())
+            ]
             if moved:  # a captured CUDA graph would go on with the old memory
                 raise RuntimeError(f"{moved[0]}: lies elsewhere after the update ({len(moved)} in all)")
 

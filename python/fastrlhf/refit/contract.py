@@ -84,7 +84,7 @@ def require_version(engine: str, version: str | None = None, *, any_version: boo
 
 
 def check(engine: str, root: Path) -> list[str]:
-    """What differs between the contract and an engine's files below `root`, a site-packages or an unpacked wheel; one line each."""
+    """What differs between the contract and an engine's files below `root`, a site-packages or an unpacked wheel."""
     contract, out = load(engine), []
     for file in sorted({*contract.signatures, *contract.fields}):
         path = root / file
@@ -132,9 +132,7 @@ def _parameters(args: ast.arguments) -> list[str]:
 def _fields_of(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
-            yield node.name, [
-                n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
-            ]
+            yield node.name, [n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
 
 
 def _key(version: str) -> tuple[int, ...]:

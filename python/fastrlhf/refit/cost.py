@@ -8,7 +8,7 @@ import numpy as np
 
 from .plan import Plan
 
-# Bytes/s in one direction, of H100 machines: a copy within a GPU at the 3.35 TB/s that read and write share, NVLink 4, a 400G NIC.
+# Bytes/s in one direction, of H100 machines: a copy within a GPU (3.35 TB/s for read and write), NVLink 4, a 400G NIC.
 RATES = {"device": 1.67e12, "node": 450e9, "network": 50e9}
 
 
@@ -52,9 +52,7 @@ def cost_of(plan: Plan, rates: dict[str, float] | None = None) -> Cost:
     load = np.bincount(source, plan.nbytes, minlength=plan.source.ranks)
     used = load[load > 0]
     imbalance = float(used.max() / used.mean()) if used.size else 1.0
-    return Cost(
-        len(plan.ops), int(plan.nbytes.sum()), tuple(links), max(x.seconds for x in links), imbalance, plan.ops.nbytes
-    )
+    return Cost(len(plan.ops), int(plan.nbytes.sum()), tuple(links), max(x.seconds for x in links), imbalance, plan.ops.nbytes)
 
 
 def places(ranks: int, per_node: int, first: int = 0) -> list[tuple[int, int]]:

@@ -49,9 +49,7 @@ def cover(rectangles: Rectangles, shape: Ints) -> Cells:
     origin, width = base[area], widths[area]
     total = int(base[-1])
     count = np.bincount(np.concatenate([origin + top * width + left, origin + bottom * width + right]), minlength=total)
-    count = count - np.bincount(
-        np.concatenate([origin + top * width + right, origin + bottom * width + left]), minlength=total
-    )
+    count = count - np.bincount(np.concatenate([origin + top * width + right, origin + bottom * width + left]), minlength=total)
     count = np.cumsum(count)  # along columns: every row sums to 0, so one row does not reach into the next
     cell_area = np.repeat(every, heights * widths)
     within = np.arange(total) - base[cell_area]

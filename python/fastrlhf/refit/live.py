@@ -72,7 +72,9 @@ def _columns(prefix: str, base: str, module: ColumnParallelLinear) -> Iterator[H
         cols = tensor.shape[1] if kind == "weight" else 1
         parts = []
         for part, width in module.parts.items():
-            parts.append((f"{parent}.{part}.{kind}", width * axis.size, cols, axis.rank * width, 0, width, module.rows(part).start))
+            parts.append(
+                (f"{parent}.{part}.{kind}", width * axis.size, cols, axis.rank * width, 0, width, module.rows(part).start)
+            )
         yield Held(f"{prefix}.{kind}", tensor, tensor.shape[0], cols, parts)
 
 

@@ -35,16 +35,16 @@ class Places:
                 raise PlanError(f"{name}: rank {rank} has no such tensor")
             t = tensors[name]
             rows, cols = matrix_of(t)
-            if (rows, cols) != tuple(catalogue.params.shape[i]) or t.dtype.itemsize != sizes(catalogue.params.dtype[i : i + 1])[0]:
+            if (rows, cols) != tuple(catalogue.params.shape[i]) or t.dtype.itemsize != sizes(catalogue.params.dtype[i : i + 1])[
+                0
+            ]:
                 raise PlanError(
                     f"{name}: expected {tuple(catalogue.params.shape[i])} elements, got a tensor {tuple(t.shape)} of {t.dtype}"
                 )
-            if cols > 1 and t.stride(-1) != 1 or (t.dim() > 2 and not t.is_contiguous()):
+            if (cols > 1 and t.stride(-1) != 1) or (t.dim() > 2 and not t.is_contiguous()):
                 raise PlanError(f"{name}: expected contiguous rows, got strides {t.stride()}")
             out.address[i] = t.data_ptr()
-            if t.dim() == 2:
-                out.pitch[i] = t.stride(0) * t.dtype.itemsize
-            elif t.dim() == 1:
+            if t.dim() == 2 or t.dim() == 1:
                 out.pitch[i] = t.stride(0) * t.dtype.itemsize
         return out
 

@@ -89,9 +89,7 @@ def make_plan(source: Catalogue, dest: Catalogue, *, ignore: frozenset[str] = fr
     held, group = _distinct(_disjoint(source))
     ops, candidates = _join(held, group, wanted)
     nbytes = ops[:, 6] * ops[:, 7] * sizes(dest.params.dtype[ops[:, 3]])
-    chosen = choose(
-        candidates, source.params.rank[held[:, 5]], source.places, dest.places[dest.params.rank[ops[:, 3]]], nbytes
-    )
+    chosen = choose(candidates, source.params.rank[held[:, 5]], source.places, dest.places[dest.params.rank[ops[:, 3]]], nbytes)
     region = held[chosen]
     # a replica may lie elsewhere in its parameter
     ops[:, 0] = region[:, 5]
@@ -232,7 +230,9 @@ def _joined(ops: Ints) -> Ints:
         order = np.lexsort([ops[:, c] for c in (along, at, span, at_across, across, dest, source)])
         ops = ops[order]
         before, after = ops[:-1], ops[1:]
-        follows = (before[:, [source, dest, across, at_across, span]] == after[:, [source, dest, across, at_across, span]]).all(1)
+        follows = (before[:, [source, dest, across, at_across, span]] == after[:, [source, dest, across, at_across, span]]).all(
+            1
+        )
         follows &= before[:, along] + before[:, size] == after[:, along]
         follows &= before[:, at] + before[:, size] == after[:, at]
         starts = np.flatnonzero(np.append(True, ~follows)) if len(ops) else np.zeros(0, np.int64)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from .states import MODES, PeerLost, Poisoned, RefitError, State
+from .states import MODES, PeerLost, Poisoned, State
 
 PHASES = ("begin", "transfer", "commit", "done")
 

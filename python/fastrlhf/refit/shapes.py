@@ -126,9 +126,7 @@ def _attention(config: Mapping[str, Any], prefix: str) -> list[Module]:
     biased = kind in ("qwen2", "qwen2_moe") or bool(config.get("attention_bias", False))
 
     def fused(what: str, cols: int) -> Attention:
-        q, k, v = (
-            Part(f"{prefix}{n}_proj.{what}", h * dim, cols) for n, h in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-        )
+        q, k, v = (Part(f"{prefix}{n}_proj.{what}", h * dim, cols) for n, h in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
         return Attention(f"{prefix}qkv_proj.{what}", (q, k, v), heads, kv_heads, dim)
 
     out: list[Module] = [fused("weight", hidden)]

@@ -1,7 +1,7 @@
 """What an engine's weights are good for: the states of a refit, leases of those who generate, and versions.
 
     EMPTY -> SERVING(v) -> DRAINING -> REFITTING -> SERVING(v + 1)
-                                               \\-> POISONED, where the old weights were overwritten and the new ones are not whole
+                                               \\-> POISONED, the old weights overwritten and the new ones not whole
 
 POISONED and EMPTY refuse to generate until a refit ends well. With two slots the old weights stay whole: a refit that fails
 leads back to SERVING(v).
@@ -170,7 +170,9 @@ class Weights:
                 left = end - time.monotonic()
                 if left <= 0:
                     self._settle(before)
-                    raise RefitError(f"weights: {self._leases[slot]} reader(s) of slot {slot} did not stop within {timeout:g} s")
+                    raise RefitError(
+                        f"weights: {self._leases[slot]} reader(s) of slot {slot} did not stop within {timeout:g} s"
+                    )
                 self._changed.wait(min(left, 0.1))
                 if not alive():
                     self._settle(before)
@@ -196,7 +198,7 @@ class Weights:
             if epoch != self.epoch or self.state not in (State.DRAINING, State.REFITTING):
                 return self.state
             touched = self.state is State.REFITTING
-            if self.slots == 2 and self.version >= 0 or not touched:
+            if (self.slots == 2 and self.version >= 0) or not touched:
                 self._settle(State.SERVING if self.version >= 0 else State.EMPTY)
             else:
                 self.reason = f"the refit to version {self._target[1]} failed: {reason}"

@@ -62,8 +62,8 @@ class EmbeddedEngine:
         self.context = context or model.config.max_position_embeddings
         self.models = [model]  # by slot of `weights`
         self.weights = Weights(version=0)
-        self.session = Session(Alias(self.weights, lambda: parameters_of(model), lambda: parameters_of(self.model)), mode="keep",
-                               version=0)  # fmt: skip
+        alias = Alias(self.weights, lambda: parameters_of(model), lambda: parameters_of(self.model))
+        self.session = Session(alias, mode="keep", version=0)
         self.stats = GenerationStats()
         self._cache: Cache | None = None
         self._blocks = 0

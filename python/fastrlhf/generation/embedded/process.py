@@ -26,7 +26,6 @@ from ...refit.wire import Channel
 from ..engine import Completion, Finished, GenerationStats, Sampling
 from .worker import WorkerOptions
 
-
 _START = "import sys; from fastrlhf.generation.embedded.worker import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -155,10 +154,15 @@ class EmbeddedProcessEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def _whole(self) -> bool:
+        """Whether the process and both connections are there."""
+        running = self._process is not None and self._process.poll() is None
+        return running and self._generate is not None and self._generate.alive and self._target.alive
+
     def _running(self) -> Session:
-        if self.session is not None and self._process is not None and self._generate is not None:
-            if self._process.poll() is None and self._generate.alive and self._target.alive:
-                return self.session
+        if self.session is not None and self._whole:
+            return self.session
         if self._process is not None:
             self.close()
         ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)

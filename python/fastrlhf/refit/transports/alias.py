@@ -41,7 +41,9 @@ class Alias:
             if (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) != (
                 other.data_ptr(), other.shape, other.stride(), other.dtype,
             ):  # fmt: skip
-                raise RefitError(f"{name}: the engine's is not the trainer's memory: {other.data_ptr():#x}, {tensor.data_ptr():#x}")
+                raise RefitError(
+                    f"{name}: the engine's is not the trainer's memory: {other.data_ptr():#x}, {tensor.data_ptr():#x}"
+                )
         return Transfer(sum(t.nbytes for t in source.values()), 0)
 
     def commit(self, epoch: int, version: int) -> None:

@@ -37,7 +37,9 @@ class _Side:
         self._word = int(plan.digest[:15], 16)
 
     def tell(self, to: int, *words: int) -> None:
-        self._guarded(lambda: dist.send(torch.tensor([*words, *[0] * (5 - len(words))], device=self.device), to, self.group), to)
+        self._guarded(
+            lambda: dist.send(torch.tensor([*words, *[0] * (5 - len(words))], device=self.device), to, self.group), to
+        )
 
     def hear(self, of: int) -> list[int]:
         words = torch.zeros(5, dtype=torch.int64, device=self.device)
@@ -193,5 +195,3 @@ class CollectiveDest(_Side):
             if p.params.rank[param] == self.rank:
                 shape = p.params.shape[param].tolist()
                 self._tensors[p.params.names[param]].detach().view(shape)[row : row + rows, col : col + cols] = 0
-
-

@@ -63,8 +63,8 @@ class CudaIpc:
     atomic = False
 
     def __init__(
-        self, channel: Channel, source: Catalogue, tensors: Mapping[str, Tensor], device: Device | None = None, *, rank: int = 0,
-        ignore: frozenset[str] = frozenset(), timeout: float = 60.0,
+        self, channel: Channel, source: Catalogue, tensors: Mapping[str, Tensor], device: Device | None = None, *,
+        rank: int = 0, ignore: frozenset[str] = frozenset(), timeout: float = 60.0,
     ) -> None:  # fmt: skip
         self.channel, self.rank, self.timeout = channel, rank, timeout
         self.tensors = dict(tensors)
@@ -127,8 +127,8 @@ class CudaIpcHost(Host):
     """
 
     def __init__(
-        self, dest: Catalogue, weights: Weights, slots: list[Mapping[str, Tensor]], device: Device | None = None, *, rank: int = 0,
-        **more: Any,
+        self, dest: Catalogue, weights: Weights, slots: list[Mapping[str, Tensor]], device: Device | None = None, *,
+        rank: int = 0, **more: Any,
     ) -> None:  # fmt: skip
         if len(slots) != weights.slots:
             raise PlanError(f"slots: expected {weights.slots}, got {len(slots)}")
@@ -215,9 +215,8 @@ def tiles(table: Ints) -> Ints:
     band, piece = within // pieces[copy], within % pieces[copy]
     first = band * height[copy]
     at = piece * TILE
-    return np.stack(
-        [copy, first, np.minimum(height[copy], rows[copy] - first), at, np.where(pieces[copy] > 1, np.minimum(TILE, width[copy] - at), width[copy])], 1
-    )  # fmt: skip
+    nbytes = np.where(pieces[copy] > 1, np.minimum(TILE, width[copy] - at), width[copy])
+    return np.stack([copy, first, np.minimum(height[copy], rows[copy] - first), at, nbytes], 1)
 
 
 def run_on_device(table: Ints, device: torch.device, stream: Any = None) -> None:
