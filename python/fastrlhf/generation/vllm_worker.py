@@ -75,7 +75,7 @@ def make_engine(base: Any, reload: Any) -> Any:
         supports_draft_weight_update = False
 
         def init_transfer_engine(self, init_info: InitInfo) -> None:
-            self._buffer = opened(init_info.handles, self.device)
+            self._buffer: Tensor | None = opened(init_info.handles, self.device)
             if self._buffer.numel() != init_info.nbytes:
                 raise ValueError(f"nbytes: the buffer has {self._buffer.numel()}, expected {init_info.nbytes}")
             self._addresses: dict[str, int] | None = None
@@ -91,6 +91,7 @@ def make_engine(base: Any, reload: Any) -> Any:
                 self._epoch = update_info.epoch
             if update_info.epoch != self._epoch:
                 raise RuntimeError(f"epoch: {update_info.epoch} in an update that began with {self._epoch}")
+            assert self._buffer is not None
             self.model.load_weights(views(self._buffer, update_info))
 
         def finish_weight_update(self) -> None:

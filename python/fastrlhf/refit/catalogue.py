@@ -95,7 +95,8 @@ class Catalogue:
         if count < 1:
             raise PlanError(f"count: expected >= 1, got {count}")
         share = -(-self.params.shape[:, 0] // count)
-        shapes, ranks, names, dtypes, regions, pads = [], [], [], [], [], []
+        shapes, ranks, dtypes, regions, pads = [], [], [], [], []
+        names: list[str] = []
         number = len(self.params)
         for i in range(count):
             low = np.minimum(share * i, self.params.shape[:, 0])

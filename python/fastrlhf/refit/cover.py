@@ -27,7 +27,7 @@ class Cells(NamedTuple):
     col: Ints
     rows: Ints
     cols: Ints
-    count: Ints
+    times: Ints
 
 
 def cover(rectangles: Rectangles, shape: Ints) -> Cells:

@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import _cpu
 from .catalogue import Catalogue, PlanError, from_message, to_message
-from .memory import Places, copies, run
+from .memory import Places, checksum, copies, run
 from .plan import Plan, make_plan
 from .states import PeerLost, RefitError, StaleEpoch, State, Weights
 from .wire import Channel, Message
@@ -122,7 +121,7 @@ class Host:
         try:
             places = self._places[lease.slot]
             nbytes = self.dest.params.nbytes
-            return {n: _cpu.xxh3(int(places.address[i]), int(nbytes[i])) for i, n in self.dest.of_rank(self.rank)}
+            return {n: checksum(int(places.address[i]), int(nbytes[i])) for i, n in self.dest.of_rank(self.rank)}
         finally:
             self.weights.release(lease)
 

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from .. import _cpu
 from .catalogue import Catalogue, Ints, PlanError, sizes
 from .plan import Plan
 
 ALIGN = 512  # bytes between parameters of an arena: what every engine's kernels ask for, and more than a cache line
+
+
+@functools.cache
+def _cpu() -> Any:
+    return importlib.import_module("fastrlhf._cpu")  # untyped, and not needed by who only plans
+
+
+def shared_memory(nbytes: int, fd: int | None = None) -> Any:
+    """Memory for several processes: new, or that of a descriptor, which is taken over. It has no name that could stay behind;
+    `fd` is how others get it, and torch.frombuffer reads it.
+
+    Raises:
+        RuntimeError: so much cannot be had. ValueError: the descriptor's is smaller.
+    """
+    return _cpu().Arena(nbytes) if fd is None else _cpu().Arena(fd, nbytes)
+
+
+def checksum(address: int, nbytes: int) -> int:
+    """XXH3-64 of bytes."""
+    return int(_cpu().xxh3(address, nbytes))
 
 
 class Places:
@@ -97,5 +119,5 @@ def run(table: Ints, *, hashes: bool = False, threads: int = 1) -> np.ndarray | 
     """The copies; with `hashes` one uint64 for each. What has no destination is only hashed."""
     out = np.zeros(len(table), np.uint64) if hashes else None
     if len(table):
-        _cpu.run_copies(table.ctypes.data, len(table), 0 if out is None else out.ctypes.data, threads)
+        _cpu().run_copies(table.ctypes.data, len(table), 0 if out is None else out.ctypes.data, threads)
     return out

@@ -57,8 +57,8 @@ class Plan:
                 side.tensors.shape, side.tensors.dtype, side.tensors.block, side.params.rank, side.params.shape,
                 side.params.dtype, side.pads,
             ):  # fmt: skip
-                sha.update(np.ascontiguousarray(table, "<i8"))
-        sha.update(np.ascontiguousarray(self.ops, "<i8"))
+                sha.update(np.ascontiguousarray(table, "<i8").tobytes())
+        sha.update(np.ascontiguousarray(self.ops, "<i8").tobytes())
         return sha.hexdigest()
 
     def between(self, source: int | None = None, dest: int | None = None) -> Ints:
@@ -148,7 +148,7 @@ def _disjoint(source: Catalogue) -> Ints:
     _, first = np.unique(regions[:, :5], axis=0, return_index=True)
     once = regions[first]
     cells = cover(Rectangles(once[:, 0], once[:, 1], once[:, 2], once[:, 3], once[:, 4]), source.tensors.shape)
-    tangled = np.unique(cells.area[cells.count > 1])
+    tangled = np.unique(cells.area[cells.times > 1])
     if not tangled.size:
         return regions
     pieces = [regions[~np.isin(regions[:, 0], tangled)]]
@@ -202,19 +202,19 @@ def _prove_written_once(ops: Ints, dest: Catalogue) -> None:
         return np.concatenate([ops[:, op], dest.pads[:, pad]])
 
     cells = cover(Rectangles(both(3, 0), both(4, 1), both(5, 2), both(6, 3), both(7, 4)), dest.params.shape)
-    wrong = np.flatnonzero(cells.count != 1)
+    wrong = np.flatnonzero(cells.times != 1)
     if not wrong.size:
         return
     i = int(wrong[0])
     where = f"rows {cells.row[i]}..{cells.row[i] + cells.rows[i]}, columns {cells.col[i]}..{cells.col[i] + cells.cols[i]}"
-    times = "never" if cells.count[i] == 0 else f"{cells.count[i]} times"
+    times = "never" if cells.times[i] == 0 else f"{cells.times[i]} times"
     raise PlanError(f"{dest.params.title(int(cells.area[i]))} of the destination: {where} would be written {times}")
 
 
 def _prove_read(source: Catalogue, wanted: Ints, ignore: frozenset[str]) -> None:
     tensors = source.tensors
     cells = cover(Rectangles(wanted[:, 0], wanted[:, 1], wanted[:, 2], wanted[:, 3], wanted[:, 4]), tensors.shape)
-    for i in np.flatnonzero(cells.count == 0).tolist():
+    for i in np.flatnonzero(cells.times == 0).tolist():
         name = tensors.names[cells.area[i]]
         if name not in ignore:
             raise PlanError(f"{name}: rows {cells.row[i]}..{cells.row[i] + cells.rows[i]}, columns "

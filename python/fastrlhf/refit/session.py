@@ -41,7 +41,8 @@ class Target(Protocol):
     `atomic`: what it served before is whole after an attempt that failed.
     """
 
-    atomic: bool
+    @property
+    def atomic(self) -> bool: ...
 
     def begin(self, epoch: int, version: int, mode: str, timeout: float) -> None:
         """Stop generating, as `mode` says, and make ready to be written."""

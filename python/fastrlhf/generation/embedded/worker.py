@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ... import _cpu
 from ...models import Decoder, DecoderConfig
 from ...refit.host import Host
 from ...refit.live import catalogue_of
-from ...refit.memory import Places
+from ...refit.memory import Places, shared_memory
 from ...refit.states import PeerLost, Weights
 from ...refit.wire import Channel, Message
 from ..engine import Sampling
@@ -64,7 +63,7 @@ class Worker:
         models = [Decoder(config, device="meta", dtype=dtype).eval() for _ in range(options.slots)]
         catalogue = catalogue_of(models[0])
         _, size = Places.in_arena(catalogue, 0, 0)
-        self.arena = _cpu.Arena(size * options.slots)
+        self.arena = shared_memory(size * options.slots)
         for slot, model in enumerate(models):
             places, _ = Places.in_arena(catalogue, 0, slot * size)
             offsets = {name: int(places.address[i]) for i, name in catalogue.of_rank(0)}
@@ -111,7 +110,8 @@ class Worker:
 
     def _generate(self, channel: Channel, message: Message, stop: threading.Event) -> None:
         try:
-            sampling = Sampling(**{k: tuple(v) if isinstance(v, list) else v for k, v in message["sampling"].items()})
+            given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in message["sampling"].items()}
+            sampling = Sampling(**given)
             for done in self.engine.stream(message["prompts"], sampling, seeds=message["seeds"]):
                 if stop.is_set():
                     break

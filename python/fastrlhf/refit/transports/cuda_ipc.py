@@ -7,6 +7,7 @@ Tested with memory of one process in the GPU's place; not yet measured on a GPU.
 from __future__ import annotations
 
 import base64
+import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -84,7 +85,9 @@ class CudaIpc:
         """Handles of the allocations that the parameters lie in; once, and again only where one has moved."""
         if self._exported and all(t.data_ptr() == at for t, at in self._exported):
             return
-        places, handles, number = {}, [], {}
+        places: dict[str, list[Any]] = {}
+        handles: list[str] = []
+        number: dict[bytes, int] = {}
         for name, t in self.tensors.items():
             handle, offset = self.device.export(t.data_ptr())
             if handle not in number:
@@ -232,10 +235,9 @@ class Gpu:
         if device.type != "cuda":
             raise RefitError(f"cuda_ipc: expected parameters on a GPU, got {device}")
         try:
-            from ... import _cuda
+            self._cuda: Any = importlib.import_module("fastrlhf._cuda")
         except ImportError as error:
             raise RefitError(f"cuda_ipc: the CUDA extension is not built here ({error}); FASTRLHF_CUDA=on builds it") from error
-        self._cuda: Any = _cuda
         self.device = device
         self._stream: Any = None
 

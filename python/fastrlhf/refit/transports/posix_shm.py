@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import _cpu
 from ..catalogue import Catalogue, from_message, merged, to_message
 from ..host import answered
-from ..memory import Places, copies, run
+from ..memory import Places, copies, run, shared_memory
 from ..plan import Plan, make_plan
 from ..session import Transfer
 from ..states import PeerLost, RefitError
@@ -126,7 +125,7 @@ class _Engine:
         self.channel = channel
         self.slots, self.epoch, self.version = int(hello["slots"]), int(hello["epoch"]), int(hello["version"])
         dest = from_message(hello["catalogue"])
-        self._arena: Any = _cpu.Arena(fd, int(hello["bytes"]))
+        self._arena: Any = shared_memory(int(hello["bytes"]), fd)
         self._slot_bytes = int(hello["slot_bytes"])
         self.plan = make_plan(source, dest, ignore=ignore)
         self.ask({"kind": "plan", "source": to_message(source), "digest": self.plan.digest, "ignore": sorted(ignore)}, timeout)
