@@ -322,6 +322,49 @@ class FakeSGLang(Strict):
         self.model.cache.clear()
         return SimpleNamespace(success=True, message="")
 
+    def do_update_weights_from_ipc(self, zmq_handles: dict[str, str], flush_cache: bool = True) -> tuple[bool, str]:
+        """Receives as checkpoint-engine's worker does, by its contract."""
+        import zmq
+
+        states, state = contract.load("checkpoint-engine").states, "new"
+        (address,) = zmq_handles.values()
+        context = zmq.Context()
+        worker = context.socket(zmq.REP)
+        worker.connect(address)
+        self.model.begin()
+        buffer = None
+        try:
+            while state != "ended":
+                payload = worker.recv_pyobj()
+                kind = {tuple: "handle", list: "bucket", type(None): "none"}.get(type(payload), "exception")
+                state = states[state][kind]
+                try:
+                    if kind == "exception":
+                        raise payload
+                    if kind == "handle":
+                        rebuild, arguments = payload
+                        buffer = rebuild(*arguments)
+                    elif kind == "bucket":
+                        assert all(e["offset"] % 256 == 0 for e in payload)
+                        self.model.load_weights([
+                            (e["name"], buffer[e["offset"] : e["offset"] + e["dtype"].itemsize * e["shape"].numel()]
+                             .view(e["dtype"]).view(e["shape"]).clone()) for e in payload
+                        ])  # fmt: skip
+                    elif state == "released":
+                        buffer = None
+                    else:
+                        self.model.finish()
+                except RuntimeError as error:
+                    if kind == "exception":
+                        return False, str(error)
+                    worker.send_string(f"Traceback\n{error}")
+                    continue
+                worker.send(b"")
+            return True, "Succeeded to update model weights."
+        finally:
+            worker.close()
+            context.term()
+
     def do_release_memory_occupation(self, tags: list[str] | None = None) -> None:
         self.model.drop()
 

@@ -24,6 +24,7 @@ from fastrlhf.refit.live import catalogue_of, parameters_of
 from fastrlhf.refit.refitter import RefitterTarget
 from fastrlhf.refit.session import Session
 from fastrlhf.refit.shapes import model_of
+from fastrlhf.refit.transports import checkpoint_engine
 
 from ..refit import processes as P
 from . import fakes
@@ -36,6 +37,7 @@ DRAWN = Sampling(n=1, max_tokens=8)
 def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "reduce_tensor", fakes.reduce_shared)
     monkeypatch.setattr(tensorrt_llm, "reduce_tensor", fakes.reduce_shared)
+    monkeypatch.setattr(checkpoint_engine, "reduce_tensor", fakes.reduce_shared)
     monkeypatch.setattr(vllm_worker, "opened", lambda handles, device: fakes.rebuild_shared(*handles["cpu"]))
 
 
@@ -128,6 +130,27 @@ def test_weights_that_were_dropped_in_sleep_are_not_served(name: str) -> None:
         engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
     engine.update_weights(None, 1)
     assert engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
+
+
+def test_checkpoint_engines_wire() -> None:
+    """Over real sockets, with a name of this process's memory for a handle."""
+    pytest.importorskip("zmq")
+    model = P.decoder(0)
+    fake = fakes.FakeSGLang(P.decoder(99))
+    engine = SGLangEngine(fake, fakes.flatten, model, limit=LIMIT, wire="checkpoint-engine")
+    for version in range(2):
+        engine.update_weights(None, version)
+        for a, b in zip(model.parameters(), fake.model.decoder.parameters(), strict=True):
+            assert torch.equal(a, b)
+        change(model)
+    fake.model.fails_at = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(RefitError, match=r"checkpoint-engine worker: model.layers.1.mlp.up_proj.weight: out of memory"):
+        engine.update_weights(None, 2)
+    assert engine.session.state is State.POISONED
+    fake.model.fails_at = ""
+    assert engine.update_weights(None, 3).version == 3
+    with pytest.raises(ValueError, match="wire: expected one of"):
+        SGLangEngine(fake, fakes.flatten, model, tp=2, wire="checkpoint-engine")
 
 
 def test_the_fakes_refuse_what_the_contracts_do() -> None:

@@ -6,6 +6,8 @@ Checked against the recorded contract only (`refit/contracts/sglang.json`); neve
 from __future__ import annotations
 
 import importlib
+import os
+import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -16,10 +18,12 @@ from ..models import Decoder
 from ..refit.contract import require_version
 from ..refit.session import Transfer
 from ..refit.states import RefitError
+from ..refit.transports.checkpoint_engine import CheckpointEngineSender
 from ..seeds import mix
 from .engine import Sampling
-from .foreign import BUCKET, Bucket, ForeignEngine, WholeTensors, request_words
+from .foreign import BUCKET, Bucket, ForeignEngine, WholeTensors, device_key, request_words
 
+WIRES = ("bucket", "checkpoint-engine")
 Serialise = Callable[[list[tuple[str, Tensor]]], bytes]
 
 
@@ -29,14 +33,21 @@ class SGLangEngine(ForeignEngine):
         engine: a `sglang.Engine`.
         serialise: tensors -> the bytes of a flattened bucket, as `serialiser` makes it of SGLang's own classes.
         tp: its tensor-parallel ranks: each gets a payload of its own.
+        wire: "bucket", or "checkpoint-engine", which needs pyzmq and tp = 1.
     """
 
     def __init__(
         self, engine: Any, serialise: Serialise, model: Decoder, *, tp: int = 1, mode: str = "drain", timeout: float = 600.0,
-        limit: int = BUCKET,
+        limit: int = BUCKET, wire: str = "bucket",
     ) -> None:  # fmt: skip
         self.engine = engine
-        super().__init__(model, SGLangTarget(engine, serialise, model, tp, limit), mode=mode, timeout=timeout)
+        if wire not in WIRES or (wire != "bucket" and tp != 1):
+            raise ValueError(f"wire: expected one of {WIRES}, the second for tp = 1, got {wire!r} with tp = {tp}")
+        if wire == "bucket":
+            target: WholeTensors = SGLangTarget(engine, serialise, model, tp, limit)
+        else:
+            target = SGLangWireTarget(engine, model, limit, timeout)
+        super().__init__(model, target, mode=mode, timeout=timeout)
 
     @classmethod
     def launch(
@@ -46,8 +57,9 @@ class SGLangEngine(ForeignEngine):
         require_version("sglang", any_version=any_version)
         sglang = importlib.import_module("sglang")
         given = {"load_format": "dummy", "mem_fraction_static": 0.4, **options}
+        wire = str(given.pop("wire", "bucket"))
         engine = sglang.Engine(model_path=path, **given)
-        return cls(engine, serialiser(), model, tp=int(given.get("tp_size", 1)), mode=mode, timeout=timeout)
+        return cls(engine, serialiser(), model, tp=int(given.get("tp_size", 1)), mode=mode, timeout=timeout, wire=wire)
 
     def sleep(self) -> None:
         """Gives the GPU's memory back, the weights too: nothing is generated until a refit."""
@@ -130,6 +142,61 @@ class SGLangTarget(WholeTensors):
 
     def close(self) -> None:
         pass
+
+
+class SGLangWireTarget(WholeTensors):
+    """checkpoint-engine's wire: SGLang's call runs on a thread and receives until it is told to finish. Two copies."""
+
+    def __init__(self, engine: Any, model: Decoder, limit: int, timeout: float) -> None:
+        super().__init__(model, limit)
+        self.engine, self.timeout = engine, timeout
+        self._sender: CheckpointEngineSender | None = None
+        self._thread: threading.Thread | None = None
+        self._answer: Any = None
+
+    def begin(self, epoch: int, version: int, mode: str, timeout: float) -> None:
+        device = self.model.embed_tokens.weight.device
+        largest = max(p.nbytes for p in self.model.parameters())
+        key = device_key(device, prefix=True)
+        address = f"ipc://@checkpoint-engine-{key}-{os.getpid()}-{epoch}.sock"
+        self._sender = CheckpointEngineSender(address, max(self.limit, largest), device, timeout=timeout)
+
+        def receive() -> None:
+            try:
+                self._answer = self.engine.update_weights_from_ipc({key: address}, flush_cache=False)
+            except Exception as error:
+                self._answer = (False, str(error))
+
+        self._thread = threading.Thread(target=receive, daemon=True)
+        self._thread.start()
+
+    def transfer(self, epoch: int) -> Transfer:
+        assert self._sender is not None
+        sender = self._sender
+        return self._send(lambda bucket: sender.send(bucket.tensors), 2)
+
+    def commit(self, epoch: int, version: int) -> None:
+        assert self._sender is not None
+        self._sender.finish()
+        self._sender = None
+        self._joined()
+        _taken("update_weights_from_ipc", self._answer)
+        _taken("flush_cache", self.engine.flush_cache())
+
+    def fail(self, epoch: int, reason: str) -> None:
+        if self._sender is not None:
+            self._sender.abort(reason)
+            self._sender = None
+            self._joined()
+
+    def close(self) -> None:
+        pass
+
+    def _joined(self) -> None:
+        assert self._thread is not None
+        self._thread.join(self.timeout)
+        if self._thread.is_alive():
+            raise RefitError(f"SGLang: update_weights_from_ipc: no answer within {self.timeout:g} s")
 
 
 def _taken(call: str, answer: Any) -> None:
