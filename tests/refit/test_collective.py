@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -77,6 +78,7 @@ def ranks(rank: int, directory: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow  # four processes that import torch
 def test_two_trainer_ranks_and_two_engine_ranks(tmp_path: Path) -> None:
     mp.spawn(ranks, (str(tmp_path),), nprocs=4)
     assert {p.name for p in tmp_path.glob("done-*")} == {"done-2", "done-3"}

@@ -9,6 +9,7 @@ from typing import Any
 from ..config import option
 from ..errors import ConfigError
 from ..models import Decoder
+from ..refit.contract import ContractError
 from .embedded import EmbeddedEngine, EmbeddedProcessEngine
 from .engine import Engine
 
@@ -66,5 +67,5 @@ def make_engine(config: GenerationConfig, model: Decoder, tokenizer: Any, path: 
             model, tokenizer, path, options=config.options, mode=config.mode, timeout=config.timeout,
             any_version=config.any_version,
         )  # fmt: skip
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, ContractError) as error:
         raise ConfigError(f"generation.engine: {config.engine}: {error}") from error

@@ -44,7 +44,7 @@ class SGLangEngine(ForeignEngine):
         if wire not in WIRES or (wire != "bucket" and tp != 1):
             raise ValueError(f"wire: expected one of {WIRES}, the second for tp = 1, got {wire!r} with tp = {tp}")
         if wire == "bucket":
-            target: WholeTensors = SGLangTarget(engine, serialise, model, tp, limit)
+            target: SGLangTarget | SGLangWireTarget = SGLangTarget(engine, serialise, model, tp, limit)
         else:
             target = SGLangWireTarget(engine, model, limit, timeout)
         super().__init__(model, target, mode=mode, timeout=timeout)
