@@ -109,9 +109,12 @@ def make_engine(base: Any, reload: Any) -> Any:
 
 
 def register() -> None:
-    """Called by vLLM."""
-    base = importlib.import_module("vllm.distributed.weight_transfer.base").WeightTransferEngine
-    factory = importlib.import_module("vllm.distributed.weight_transfer.factory").WeightTransferEngineFactory
-    reload = importlib.import_module("vllm.model_executor.model_loader.reload")
+    """Called by vLLM, also where nobody wants this engine: a vLLM that has no such thing is left alone."""
+    try:
+        base = importlib.import_module("vllm.distributed.weight_transfer.base").WeightTransferEngine
+        factory = importlib.import_module("vllm.distributed.weight_transfer.factory").WeightTransferEngineFactory
+        reload = importlib.import_module("vllm.model_executor.model_loader.reload")
+    except (ImportError, AttributeError):
+        return
     if NAME not in factory._registry:
         factory.register_engine(NAME, make_engine(base, reload))
