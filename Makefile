@@ -32,7 +32,7 @@ triton-test: $(VENV)/.installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops --kernels triton
 
 cuda-host-test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops --kernels cuda
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/refit/test_cuda_ipc.py --kernels cuda
 
 ahead-of-time: $(VENV)/.installed
 	$(BIN)/python scripts/ahead_of_time.py --processes 1

@@ -26,6 +26,9 @@ COMMANDS = {
     "init": Command("make a small model with random weights and its tokenizer", "fastrlhf.cli.init:main"),
     "report": Command("draw the curves of a run into report.html and report.png", "fastrlhf.cli.report:main"),
     "verify": Command("whether operations and patched frameworks are right on this machine", "fastrlhf.cli.verify:main"),
+    "refit": Command(
+        "plan a refit between two layouts, or check an engine's files against its contract", "fastrlhf.cli.refit:main"
+    ),
     "doctor": Command("what is installed here, and which kernels each operation will use", "fastrlhf.cli.doctor:main"),
 }
 USER_ERROR = 2

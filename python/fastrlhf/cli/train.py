@@ -78,7 +78,12 @@ def train(name: str, config: Any, *, progress: Progress) -> Result:
     """Run an algorithm as configured."""
     prepare(config.run)
     with user_errors():
-        return fit(classes(name)[1](config), config.run, config, progress)
+        algorithm = classes(name)[1](config)
+        try:
+            return fit(algorithm, config.run, config, progress)
+        finally:
+            if close := getattr(algorithm, "close", None):
+                close()
 
 
 def show(progress: Progress, name: str, result: Result) -> None:

@@ -18,6 +18,10 @@ from ...models.checkpoint import load_weights
 from ...models.decoder import Decoder
 from ...ops import sample
 from ...ops.paged_attention import BLOCK
+from ...refit.live import parameters_of
+from ...refit.session import Refit, Session
+from ...refit.states import Weights
+from ...refit.transports.alias import Alias
 from ...seeds import GOLDEN, mix
 from ..engine import Completion, Finished, GenerationStats, Sampling
 from .blocks import BlockManager
@@ -56,16 +60,28 @@ class EmbeddedEngine:
         self.max_sequences, self.max_batch_tokens = max_sequences, max_batch_tokens
         self.cache_tokens = cache_tokens
         self.context = context or model.config.max_position_embeddings
-        self.version = 0
+        self.models = [model]  # by slot of `weights`
+        self.weights = Weights(version=0)
+        alias = Alias(self.weights, lambda: parameters_of(model), lambda: parameters_of(self.model))
+        self.session = Session(alias, mode="keep", version=0)
         self.stats = GenerationStats()
         self._cache: Cache | None = None
         self._blocks = 0
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
-        """`weights` is None where they are the trainer's: only the version changes."""
+    @property
+    def version(self) -> int:
+        """Of the weights."""
+        return self.weights.version
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Refit:
+        """`weights` is None where they are the trainer's: only the version changes. A `stream` that is under way goes on with
+        what there is now, and says so in `weight_spans`."""
         if weights is not None:
             load_weights(self.model, iter(weights))
-        self.version = version
+        return self.session.refit(version)
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
     def generate(
         self, prompts: Seq[Seq[int]], sampling: Sampling, *, seeds: Seq[int] | None = None,
@@ -95,16 +111,32 @@ class EmbeddedEngine:
         for i, prompt in enumerate(prompts):
             scheduler.add(Sequence(i, 0, list(prompt), mix(seeds[i], 0), sampling, sampling.n - 1))
         self.stats = GenerationStats(prompt_tokens=sum(map(len, prompts)))
+        lease = self.weights.acquire()
         training = self.model.training
-        self.model.eval()
         try:
-            while spans := scheduler.next():
-                yield from self._step(scheduler, spans, seeds)
+            while not lease.aborted:
+                self.model = self.models[lease.slot]
+                self.model.eval()
+                spans = scheduler.next()
+                if not spans:
+                    break
+                yield from self._step(scheduler, spans, seeds, lease.version)
+                lease = self.weights.step(lease)
+            yield from self._cut_off(scheduler)
         finally:
+            self.weights.release(lease)
             self.model.train(training)
             self.stats.preemptions = scheduler.preemptions
 
-    def _step(self, scheduler: Scheduler, spans: list[Span], seeds: Seq[int]) -> list[Finished]:
+    @staticmethod
+    def _cut_off(scheduler: Scheduler) -> Iterator[Finished]:
+        """What is still running or waiting, as it is."""
+        for sequence in [*scheduler.running, *scheduler.waiting]:
+            yield Finished(sequence.prompt, sequence.sample, sequence.completed("abort"))
+            for i in range(1, sequence.siblings + 1):
+                yield Finished(sequence.prompt, i, Completion([], [], "abort"))
+
+    def _step(self, scheduler: Scheduler, spans: list[Span], seeds: Seq[int], version: int) -> list[Finished]:
         assert self._cache is not None
         hidden = self._forward(spans)
         self.stats.steps += 1
@@ -118,13 +150,10 @@ class EmbeddedEngine:
             sequence.cached = span.end
             if not span.draws:
                 continue
-            if not sequence.drawn:
-                sequence.weight_version = self.version
             drawing.append(sequence)
             rows.append(at)
             for i in range(1, sequence.siblings + 1):
                 child = Sequence(sequence.prompt, i, list(sequence.tokens), mix(seeds[sequence.prompt], i), sequence.sampling)
-                child.weight_version = self.version
                 copy = scheduler.fork(sequence, child)
                 if copy is not None:
                     copies.append(copy)
@@ -139,13 +168,11 @@ class EmbeddedEngine:
         tokens, logprobs = self._draw(hidden, drawing, rows)
         done = []
         for sequence, token, logprob in zip(drawing, tokens, logprobs, strict=True):
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprob)
+            sequence.draw(token, logprob, version)
             reason = self._ends(sequence, token)
             if reason:
                 scheduler.finish(sequence)
-                completion = Completion(sequence.completion, sequence.logprobs, reason, sequence.weight_version)
-                done.append(Finished(sequence.prompt, sequence.sample, completion))
+                done.append(Finished(sequence.prompt, sequence.sample, sequence.completed(reason)))
         self.stats.completion_tokens += len(drawing)
         return done
 
