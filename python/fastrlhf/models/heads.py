@@ -38,7 +38,7 @@ def token_logprobs(
     logits = model.logits(hidden)
     parallel = None
     if model.groups.tp.size > 1:
-        head = model.lm_head or model.embed_tokens
+        head = model.head
         parallel = ops.VocabParallel(model.groups.tp.group, head.first, head.first + head.rows, model.config.vocab_size)
     out = ops.logprobs(
         logits, labels, temperature=temperature, entropy=entropy, vocab_parallel=parallel,
@@ -57,8 +57,11 @@ class ScalarModel(nn.Module):
     def __init__(self, decoder: Decoder, *, mean: float = 0.0, std: float = 1.0) -> None:
         super().__init__()
         self.decoder = decoder
-        device = decoder.embed_tokens.weight.device
-        self.score = nn.Parameter(torch.zeros(1, decoder.config.hidden_size, device=device, dtype=torch.float32))
+        zeros = torch.zeros(1, decoder.config.hidden_size, device=decoder.device, dtype=torch.float32)
+        if decoder.groups.pp.last:
+            self.score = nn.Parameter(zeros)
+        else:  # the head is with the last stage; here it has a shape and learns nothing
+            self.register_buffer("score", zeros, persistent=False)
         self.mean, self.std = mean, std
 
     @torch.no_grad()

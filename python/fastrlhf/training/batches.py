@@ -70,7 +70,7 @@ def micro_batches(sequences: Sequences, members: Sequence[int], max_tokens: int,
 
 def completion_logprobs(model: Decoder, sequences: Sequences, *, max_tokens: int, temperature: float = 1.0) -> Tensor:
     """log π of every completion token, packed, float32, without gradient."""
-    device = model.embed_tokens.weight.device
+    device = model.device
     out = torch.empty(int(sequences.offsets[-1]), device=device)
     with torch.no_grad():
         for batch in micro_batches(sequences, range(len(sequences)), max_tokens, device):

@@ -115,7 +115,7 @@ class OnPolicy(ABC):
         )
         self.rewards = Rewards(
             config.rewards, max_tokens=config.update.micro_batch_tokens, vocab_size=model.config.vocab_size,
-            device=self.policy.device, dtype=model.embed_tokens.weight.dtype,
+            device=self.policy.device, dtype=model.dtype,
         )  # fmt: skip
         self.engine = EmbeddedEngine(
             model, self.tokenizer, max_sequences=config.engine.max_sequences,

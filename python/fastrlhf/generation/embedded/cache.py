@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 class Cache:
     def __init__(self, model: Decoder, blocks: int) -> None:
-        weight = model.embed_tokens.weight
         heads, dim = model.kv_shape
-        self.layers = [empty_cache(blocks, heads, dim, weight.dtype, weight.device) for _ in model.layers]
+        self.layers = [empty_cache(blocks, heads, dim, model.dtype, model.device) for _ in model.layers]
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Blocks (from, to)."""

@@ -167,7 +167,7 @@ class EmbeddedEngine:
         table = [s.sequence.blocks + [0] * (width - len(s.sequence.blocks)) for s in spans]
         self.stats.forward_tokens += len(tokens)
         longest = max(positions) + 1
-        device = self.model.embed_tokens.weight.device
+        device = self.model.device
         context = Paged(
             self._cache, torch.tensor(positions, device=device), torch.tensor(sequences, device=device),
             torch.tensor(table, dtype=torch.int32, device=device), longest,
@@ -210,7 +210,7 @@ class EmbeddedEngine:
         if wanted is None:
             heads, dim = self.model.kv_shape
             per_token = (
-                len(self.model.layers) * heads * (dim + -(-dim // 16) * 16) * self.model.embed_tokens.weight.element_size()
+                len(self.model.layers) * heads * (dim + -(-dim // 16) * 16) * self.model.dtype.itemsize
             )
             wanted = min(min(self.max_sequences, sequences) * (longest + BLOCK), 2**31 // per_token)
         blocks = max(wanted, longest + BLOCK) // BLOCK if self.cache_tokens is None else wanted // BLOCK
