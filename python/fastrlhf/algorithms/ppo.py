@@ -48,7 +48,7 @@ class PPO(OnPolicy):
         model = self.policy.model
         self.critic = Critic(
             config.critic, config.model.path, seed=config.run.seed, total_steps=config.steps, rollout_size=self.rollout_size,
-            vocab_size=model.config.vocab_size, device=self.policy.device, dtype=model.dtype,
+            vocab_size=model.config.vocab_size, device=self.policy.device, dtype=model.dtype, parallel=self.parallel,
         )  # fmt: skip
 
     @property

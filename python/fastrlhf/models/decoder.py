@@ -86,7 +86,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(d, config.rms_norm_eps, device, dtype, partial=True) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -183,9 +183,11 @@ class Decoder(nn.Module):
             if head and not (tied and pp.first):
                 self.lm_head = VocabParallelEmbedding(config.vocab_size, config.hidden_size, **made)
                 if tied:  # a copy of what the first stage holds; their gradients are added up
-                    mark(self.lm_head.weight, replace(sharding_of(self.lm_head.weight), shared=True))
+                    mark(self.lm_head.weight, replace(sharding_of(self.lm_head.weight), tied=True, shared=True))
         self.has_head = head
         self.tied_across_stages = head and config.tie_word_embeddings and pp.size > 1
+        if self.tied_across_stages and self.embed_tokens is not None:
+            mark(self.embed_tokens.weight, replace(sharding_of(self.embed_tokens.weight), tied=True))
 
     @property
     def device(self) -> torch.device:

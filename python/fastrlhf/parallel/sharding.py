@@ -34,13 +34,14 @@ class Piece(NamedTuple):
 @dataclass(frozen=True)
 class Sharding:
     """`shape` of the whole tensor; `dim`, along which it is cut into `pieces`, None where every tp rank holds all of it.
-    `partial`: a rank's gradient is only its part of a sum over tp. `shared`: another rank of the pipeline holds it too
-    and counts it."""
+    `partial`: a rank's gradient is only its part of a sum over tp. `tied`: the first and the last stage of a pipeline hold
+    it and each has a part of its gradient; in the last it is `shared`, and the first counts and writes it."""
 
     shape: tuple[int, ...]
     dim: int | None = None
     pieces: tuple[Piece, ...] = ()
     partial: bool = False
+    tied: bool = False
     shared: bool = False
 
     def chunks(self, shard: Tensor, first: int = 0, last: int | None = None) -> Iterator[Chunk]:
@@ -79,3 +80,25 @@ def even(parameter: Tensor, dim: int, rank: int, size: int) -> Sharding:
 def mark(parameter: Tensor, sharding: Sharding) -> None:
     """Say where a parameter lies."""
     setattr(parameter, "sharding", sharding)  # noqa: B010  # torch's types know no such attribute
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a tensor of a checkpoint lies in the whole one of which it holds `chunks`. Of several processes that hold the
+    same, one `writes` it."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    writes: bool
+
+
+def placed(tensor: Tensor, placement: Placement) -> Tensor:
+    """An alias of a tensor that knows where it lies."""
+    alias = tensor.detach()
+    setattr(alias, "placement", placement)  # noqa: B010
+    return alias
+
+
+def placement_of(tensor: Tensor) -> Placement | None:
+    """None where a tensor is whole and the same in every process."""
+    return getattr(tensor, "placement", None)

@@ -14,9 +14,10 @@ from torch import Tensor
 from ..config import REQUIRED, option, section
 from ..data import PromptDataset, PromptStream, open_rows
 from ..errors import ConfigError
-from ..generation import EmbeddedEngine
+from ..generation import EmbeddedEngine, Fleet, Resharded
 from ..ops import AdaptiveKL, FixedKL
 from ..seeds import mix
+from .layout import Layout, ParallelConfig
 from .loop import RunConfig
 from .metrics import Value
 from .policy import ModelConfig, Policy, UpdateConfig
@@ -73,6 +74,7 @@ class OnPolicyConfig:
     """Every option of an on-policy algorithm but its own."""
 
     run: RunConfig = section(RunConfig, "Where the run lives.")
+    parallel: ParallelConfig = section(ParallelConfig, "How it is spread over processes.")
     model: ModelConfig = section(ModelConfig, "The policy, and where the reference starts.")
     data: PromptConfig = section(PromptConfig, "Prompts.")
     rewards: list[RewardSource] = option([], "Reward sources; their weighted sum is the reward.")
@@ -96,10 +98,12 @@ class OnPolicy(ABC):
         self.config = config
         seed = config.run.seed
         self.steps, self.timers = config.steps, Timers(torch.cuda.synchronize if torch.cuda.is_available() else None)
+        self.parallel = Layout.create(config.parallel)
+        self.groups = self.parallel.groups
         self.rollout_size = config.prompts_per_step * config.completions_per_prompt
         self.policy = Policy(
             config.model, config.update, reference=config.kl.coef > 0, seed=seed, total_steps=config.steps,
-            rollout_size=self.rollout_size, temperature=config.sampling.temperature,
+            rollout_size=self.rollout_size, temperature=config.sampling.temperature, parallel=self.parallel,
         )  # fmt: skip
         model = self.policy.model
         context = model.config.max_position_embeddings
@@ -115,12 +119,14 @@ class OnPolicy(ABC):
         )
         self.rewards = Rewards(
             config.rewards, max_tokens=config.update.micro_batch_tokens, vocab_size=model.config.vocab_size,
-            device=self.policy.device, dtype=model.dtype,
+            device=self.policy.device, dtype=model.dtype, parallel=self.parallel,
         )  # fmt: skip
-        self.engine = EmbeddedEngine(
-            model, self.tokenizer, max_sequences=config.engine.max_sequences,
+        resharded = Resharded(model)
+        engine = EmbeddedEngine(
+            resharded.decoder, self.tokenizer, max_sequences=config.engine.max_sequences,
             max_batch_tokens=config.engine.max_batch_tokens, cache_tokens=config.engine.cache_tokens,
         )  # fmt: skip
+        self.engine = Fleet(engine, self.groups, resharded, balance=config.parallel.balance)
         kl = config.kl
         self.kl: AdaptiveKL | FixedKL = FixedKL(kl.coef) if kl.target is None else AdaptiveKL(kl.coef, kl.target, kl.horizon)
         self._samples: list[dict[str, Any]] = []
@@ -153,6 +159,8 @@ class OnPolicy(ABC):
             with self.timers("reference", tokens), progress.phase("reference"):
                 rollout.ref_logprobs = self.policy.reference_logprobs(rollout.sequences)
         metrics: dict[str, Value] = dict(rollout.metrics)
+        if self.groups.replicas.size > 1:
+            metrics["generate/idle"] = self.engine.idle
         metrics |= self.learn(rollout, step, progress)
         metrics |= {
             "data/epoch": float(self.prompts.epoch),

@@ -18,12 +18,13 @@ from ...models.checkpoint import load_weights
 from ...models.decoder import Decoder
 from ...ops import sample
 from ...ops.paged_attention import BLOCK
+from ...parallel.collectives import gather_last
 from ...seeds import GOLDEN, mix
 from ..engine import Completion, Finished, GenerationStats, Sampling
 from .blocks import BlockManager
 from .cache import Cache, Paged
 from .scheduler import Scheduler, Span
-from .sequence import Sequence
+from .sequence import Sequence, Share, Work, given
 
 _ROWS = 8
 _STRIDE = GOLDEN - 2**64  # as int64
@@ -33,7 +34,8 @@ class EmbeddedEngine:
     """Generates with `model` in this process; it shares the parameters, so there is nothing to update after a step.
 
     Args:
-        model: on any device; tp = 1.
+        model: on any device, whole but for its tp shards. With tp every process of the group makes the same calls and gets
+            the same completions.
         tokenizer: anything with decode(); only stop strings need it.
         max_sequences: how many are in the batch at once.
         max_batch_tokens: the most tokens through the model at once: longer prompts go in chunks.
@@ -50,8 +52,8 @@ class EmbeddedEngine:
                 raise ValueError(f"{name}: expected >= 1, got {value}")
         if cache_tokens is not None and cache_tokens < BLOCK:
             raise ValueError(f"cache_tokens: expected >= {BLOCK}, got {cache_tokens}")
-        if model.groups.tp.size > 1:
-            raise ValueError(f"model: the embedded engine has no tensor parallelism yet, got tp={model.groups.tp.size}")
+        if model.stages.count > 1:
+            raise ValueError(f"model: expected all layers in one process, got {model.stages.count} pipeline stages")
         self.model, self.tokenizer = model, tokenizer
         self.max_sequences, self.max_batch_tokens = max_sequences, max_batch_tokens
         self.cache_tokens = cache_tokens
@@ -80,8 +82,13 @@ class EmbeddedEngine:
         return out
 
     @torch.no_grad()
-    def stream(self, prompts: Seq[Seq[int]], sampling: Sampling, *, seeds: Seq[int] | None = None) -> Iterator[Finished]:
+    def stream(
+        self, prompts: Seq[Seq[int]], sampling: Sampling, *, seeds: Seq[int] | None = None, work: Work | None = None
+    ) -> Iterator[Finished]:
         """Completions as they end.
+
+        Args:
+            work: asked before each step, with how many sequences are under way, for more of them; None gives all at once.
 
         Raises:
             ValueError: an empty prompt, a token outside the vocabulary, a prompt and max_tokens that exceed the context or
@@ -92,13 +99,23 @@ class EmbeddedEngine:
         self._ensure_cache(longest, sampling.n * len(prompts))
         assert self._cache is not None
         scheduler = Scheduler(BlockManager(self._blocks), self.max_sequences, self.max_batch_tokens)
-        for i, prompt in enumerate(prompts):
-            scheduler.add(Sequence(i, 0, list(prompt), mix(seeds[i], 0), sampling, sampling.n - 1))
-        self.stats = GenerationStats(prompt_tokens=sum(map(len, prompts)))
+        self.stats = GenerationStats()
+
+        def add(share: Share) -> None:
+            seed = mix(seeds[share.prompt], share.first)
+            tokens = list(prompts[share.prompt])
+            scheduler.add(Sequence(share.prompt, share.first, tokens, seed, sampling, share.count - 1))
+            self.stats.prompt_tokens += len(tokens)
+
+        work = work or given([Share(i, 0, sampling.n) for i in range(len(prompts))])
         training = self.model.training
         self.model.eval()
         try:
-            while spans := scheduler.next():
+            while True:
+                for share in work(scheduler.count):
+                    add(share)
+                if not (spans := scheduler.next()):
+                    break
                 yield from self._step(scheduler, spans, seeds)
         finally:
             self.model.train(training)
@@ -122,7 +139,7 @@ class EmbeddedEngine:
                 sequence.weight_version = self.version
             drawing.append(sequence)
             rows.append(at)
-            for i in range(1, sequence.siblings + 1):
+            for i in range(sequence.sample + 1, sequence.sample + sequence.siblings + 1):
                 child = Sequence(sequence.prompt, i, list(sequence.tokens), mix(seeds[sequence.prompt], i), sequence.sampling)
                 child.weight_version = self.version
                 copy = scheduler.fork(sequence, child)
@@ -173,14 +190,15 @@ class EmbeddedEngine:
             torch.tensor(table, dtype=torch.int32, device=device), longest,
         )  # fmt: skip
         tokens += [0] * (-len(tokens) % _ROWS)
-        return self.model(torch.tensor(tokens, device=device), context)
+        with self.model.all_rows():
+            return self.model(torch.tensor(tokens, device=device), context)
 
     def _draw(self, hidden: Tensor, drawing: list[Sequence], rows: list[int]) -> tuple[list[int], list[float]]:
         count = len(drawing)
         distinct = sorted(set(rows))
         at = {row: i for i, row in enumerate(distinct)}
         wanted = distinct + [0] * (-len(distinct) % _ROWS)
-        logits = self.model.logits(hidden[torch.tensor(wanted, device=hidden.device)])
+        logits = gather_last(self.model.logits(hidden[torch.tensor(wanted, device=hidden.device)]), self.model.groups.tp)
         if len(distinct) < count:
             logits = logits[torch.tensor([at[r] for r in rows], device=hidden.device)]
         logits = logits[:count]

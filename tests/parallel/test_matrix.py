@@ -1,0 +1,83 @@
+"""However a model is spread over processes, it is the same model and the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastrlhf.algorithms.ppo import PPO, PPOConfig
+from fastrlhf.algorithms.sft import SFT, SFTConfig
+from fastrlhf.config import load
+from fastrlhf.models.checkpoint import named_weights, places
+from fastrlhf.parallel.layers import whole_of
+from fastrlhf.training.progress import Silent
+from torch import Tensor
+
+from .processes import LAYOUTS, LLAMA, QWEN, make_data, make_model, parallel_words, spawn
+
+pytest.importorskip("transformers")
+
+
+def sft(model: str, data: dict[str, str], options: dict[str, Any]) -> SFT:
+    return SFT(load(SFTConfig, None, [
+        "--run.directory", "unused", "--model.path", model, "--data.path", data["sft"], "--batch_size", "7",
+        "--micro_batch_tokens", "40", "--optimizer.lr", "3e-3", "--optimizer.warmup_steps", "0",
+        "--optimizer.weight_decay", "0.1", "--optimizer.grad_clip", "0.5", *parallel_words(options),
+    ]))  # fmt: skip
+
+
+def one_step(model: str, data: dict[str, str], options: dict[str, Any]) -> dict[str, Any]:
+    """Loss, gradients as they are reduced, and the weights after the step, whole and by Hugging Face name."""
+    run = sft(model, data, options)
+    gradients = {}
+    reduced = run.optimizer._reduced
+
+    def watch() -> dict[str, Tensor]:
+        grads = reduced()
+        gradients.update({n: g.clone() for n, g in grads.items()})
+        return grads
+
+    run.optimizer._reduced = watch  # type: ignore[method-assign]
+    metrics = dict(run.step(1, Silent()))
+    metrics |= {"next/" + k: v for k, v in run.step(2, Silent()).items()}
+    out: dict[str, Any] = {"metrics": {k: float(v) for k, v in metrics.items()}}  # type: ignore[arg-type]
+    if run.groups.dp.size == 1:
+        for place in places(run.model):
+            parameter = getattr(place.module, place.kind)
+            name = next(n for n, p in run.optimizer.parameters.items() if p is parameter)
+            grad = gradients[name]
+            held = grad[place.module.rows(place.part)] if hasattr(place.module, "parts") else grad
+            out["grad " + place.name] = held if place.dim is None else whole_of(held, place.dim, place.module.axis)
+    return out | {name: weight.clone() for name, weight in named_weights(run.model)}
+
+
+def many_steps(rank: int, model: str, data: dict[str, str], layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one_step(model, data, options) for options in layouts]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3 tied"])
+def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
+    directory = tmp_path_factory.mktemp("files")
+    return make_model(directory / "model", LLAMA if request.param == "llama" else QWEN), make_data(directory)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_step_of_sft_is_that_of_one_process(files: tuple[str, dict[str, str]], world: int) -> None:
+    model, data = files
+    layouts = {name: options for name, (size, options) in LAYOUTS.items() if size == world}
+    if world == 2:
+        layouts["tp2 without sequence parallelism"] = {"tp": 2, "sequence_parallel": False}
+    expected = one_step(model, data, {})
+    found = spawn(world, many_steps, model, data, list(layouts.values()))
+    for i, name in enumerate(layouts):
+        seen = set()
+        for rank in range(world):
+            for key, value in found[rank][i].items():
+                seen.add(key)
+                if key == "metrics":
+                    assert value == pytest.approx(expected[key], abs=1e-5), (name, rank)
+                else:
+                    torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=1e-4, msg=lambda m: f"{name} {key}: {m}")
+        assert seen >= {k for k in expected if "dp" not in name or not k.startswith("grad")}, name
