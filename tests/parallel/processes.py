@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,8 @@ def parallel_words(options: dict[str, Any]) -> list[str]:
 def spawn(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `work(rank, *arguments)` returns in each of so many processes."""
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(_work, (world, directory, work, arguments), nprocs=world)
+        multiprocessing.set_forkserver_preload(["fastrlhf.algorithms.ppo", "transformers"])  # imported once, not once a process
+        mp.start_processes(_work, (world, directory, work, arguments), nprocs=world, start_method="forkserver")
         return [torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in range(world)]
 
 

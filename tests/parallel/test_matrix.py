@@ -81,3 +81,47 @@ def test_a_step_of_sft_is_that_of_one_process(files: tuple[str, dict[str, str]],
                 else:
                     torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=1e-4, msg=lambda m: f"{name} {key}: {m}")
         assert seen >= {k for k in expected if "dp" not in name or not k.startswith("grad")}, name
+
+
+def ppo(model: str, data: dict[str, str], options: dict[str, Any], *more: str) -> PPO:
+    return PPO(load(PPOConfig, None, [
+        "--run.directory", "unused", "--model.path", model, "--data.path", data["prompts"], "--data.max_prompt_tokens", "40",
+        "--rewards", '[{"function": "tests.trainer:letters"}]', "--steps", "5", "--prompts_per_step", "5",
+        "--completions_per_prompt", "2", "--sampling.max_tokens", "10", "--update.optimizer.lr", "1e-3",
+        "--update.epochs", "2", "--update.minibatch_size", "6", "--update.micro_batch_tokens", "60",
+        "--update.optimizer.eps", "1e-4", "--critic.optimizer.eps", "1e-4", "--critic.minibatch_size", "4",
+        "--critic.optimizer.lr", "1e-3", "--kl.coef", "0.1", *parallel_words(options), *more,
+    ]))  # fmt: skip
+
+
+def run_ppo(model: str, data: dict[str, str], options: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """The metrics of some steps and the tokens that were drawn."""
+    algorithm = ppo(model, data, options)
+    drawn: list[Any] = []
+    learn = algorithm.learn
+    algorithm.learn = lambda rollout, *rest: (drawn.append(rollout), learn(rollout, *rest))[1]  # type: ignore
+    out = []
+    for step in range(1, steps + 1):
+        metrics = {k: float(v) for k, v in algorithm.step(step, Silent()).items()}  # type: ignore[arg-type]
+        out.append({"metrics": metrics, "tokens": drawn[-1].sequences.tokens})
+    return out
+
+
+def run_ppos(rank: int, model: str, data: dict[str, str], layouts: list[dict[str, Any]], steps: int) -> list[Any]:
+    return [run_ppo(model, data, options, steps) for options in layouts]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_five_steps_of_ppo_are_those_of_one_process(files: tuple[str, dict[str, str]], world: int) -> None:
+    model, data = files
+    layouts = {name: options for name, (size, options) in LAYOUTS.items() if size == world}
+    if world == 2:
+        layouts["dp2 without a queue"] = {"balance": False}
+    expected = run_ppo(model, data, {}, 5)
+    found = spawn(world, run_ppos, model, data, list(layouts.values()), 5)
+    for i, name in enumerate(layouts):
+        for rank in range(world):
+            for step, (ours, theirs) in enumerate(zip(found[rank][i], expected, strict=True), 1):
+                assert ours["tokens"] == theirs["tokens"], (name, rank, step)
+                ours["metrics"].pop("generate/idle", None)
+                assert ours["metrics"] == pytest.approx(theirs["metrics"], abs=1e-4), (name, rank, step)

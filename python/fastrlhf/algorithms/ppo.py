@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import option, section
 from ..errors import ConfigError
 from ..ops import experience
-from ..training.critic import Critic, CriticConfig
+from ..training.critic import Critic, CriticConfig, explained_variance
 from ..training.metrics import Value
 from ..training.on_policy import OnPolicy, OnPolicyConfig
 from ..training.progress import Progress
@@ -97,9 +97,3 @@ class PPO(OnPolicy):
     def export(self, directory: Path) -> None:
         super().export(directory)
         self.critic.save(directory / "critic", self.tokenizer)
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns), of the rollout, before the update."""
-    variance = torch.var(returns, correction=0)
-    return float(1 - torch.var(returns - values, correction=0) / variance.clamp(min=1e-12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ class Averages:
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor | float] = {}
 
-    def add(self, stats: LossStats) -> None:
-        """The statistics of a loss, weighted by its tokens."""
+    def add(self, stats: LossStats, leave_out: Collection[str] = ()) -> None:
+        """The statistics of a loss, weighted by its tokens; without those that parts do not add up to."""
         weight = stats.get("tokens")
         for name, value in zip(stats.names, stats.values, strict=True):
-            self.value(name, value, weight)
+            if name not in leave_out:
+                self.value(name, value, weight)
 
     def value(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
         value = torch.as_tensor(value, dtype=torch.float32)

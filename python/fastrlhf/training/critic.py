@@ -18,7 +18,7 @@ from .averages import Averages
 from .batches import Sequences, completion_values, micro_batches
 from .layout import Layout
 from .optim import Optimizer, OptimizerConfig, trainable
-from .passes import run
+from .passes import assembled, run
 from .policy import minibatches
 from .rollout import Rollout
 from .shards import weights_of
@@ -81,21 +81,29 @@ class Critic:
         assert values is not None
         lengths = rollout.sequences.completion_lengths
         tokens = float(sum(lengths[m] for m in members))
-        total = torch.zeros((), device=device)
+        total, predicted = torch.zeros((), device=device), torch.zeros_like(returns)
         most = self.config.micro_batch_tokens
         batches = list(micro_batches(rollout.sequences, members, most, device, self.groups))
 
         def last(i: int, hidden: Tensor) -> Tensor:
             batch = batches[i]
+            new = self.model.of_hidden(hidden[batch.at])
             out = value_loss(
-                self.model.of_hidden(hidden[batch.at]), values[batch.rows], returns[batch.rows], None,
+                new, values[batch.rows], returns[batch.rows], None,
                 clip=self.config.clip, denominator=tokens, cu_seqlens=batch.cu_seqlens,
             )  # fmt: skip
+            predicted[batch.rows] = new.detach()
             total.add_(out.loss.detach())
-            averages.add(out.stats)
+            averages.add(out.stats, leave_out=("explained_variance",))
             return out.loss
 
         run(self.model.decoder, [(b.tokens, b.pack) for b in batches], last)
+        rows = torch.zeros_like(returns)
+        cu = rollout.sequences.offsets.tolist()
+        for m in members:
+            rows[cu[m] : cu[m + 1]] = 1
+        seen = rows.bool()
+        averages.value("explained_variance", explained_variance(assembled(predicted, self.groups)[seen], returns[seen]), tokens)
         return summed(total, self.groups.replicas)
 
     def save(self, directory: Path, tokenizer: Any) -> None:
@@ -112,3 +120,9 @@ class Critic:
     def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         load_into(trainable(self.model), tensors["critic"], "critic")
         self.optimizer.load(tensors["critic_optimizer"], state)
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns)."""
+    variance = torch.var(returns, correction=0)
+    return float(1 - torch.var(returns - values, correction=0) / variance.clamp(min=1e-12))

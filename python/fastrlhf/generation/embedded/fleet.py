@@ -6,6 +6,7 @@ sequences from one queue as they come free, and a run is reproducible all the sa
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from .engine import EmbeddedEngine
 from .reshard import Resharded
 from .sequence import Share, Work, given
 
+_QUEUES = itertools.count()  # names of the queues of a process's life; all processes make the same ones
 HEAD_START = 0.5
 """The share of the sequences that is dealt out before the rest is taken one by one."""
 
@@ -114,7 +116,6 @@ class Fleet:
         self.idle = 0.0
         """Of the last call: the mean share of its time that a replica waited for the slowest."""
         self.expected = Expected()
-        self._calls = 0
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
         self.engine.update_weights(weights, version)
@@ -150,11 +151,10 @@ class Fleet:
 
     def _work(self, prompts: Sequence[Sequence[int]], n: int) -> Work:
         replica, replicas = self.groups.replicas.rank, self.groups.replicas.size
-        self._calls += 1
         if not self.balance or replicas == 1:
             return given(Share(i, 0, n) for i in range(replica, len(prompts), replicas))
         store = dist.PrefixStore("fastrlhf/queue", dist.distributed_c10d._get_default_store())
-        key = str(self._calls)
+        key = str(next(_QUEUES))
         shares = longest_first(prompts, n, self.expected)
         return Queue(
             shares, self.groups, replica, replicas, self.engine.max_sequences, lambda count: store.add(key, count) - count
