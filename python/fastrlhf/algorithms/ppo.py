@@ -90,6 +90,10 @@ class PPO(OnPolicy):
     def state(self) -> dict[str, Any]:
         return super().state() | {"critic": self.critic.state()}
 
+    def prepare(self) -> None:
+        super().prepare()
+        self.critic.optimizer.prepare()
+
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         super().restore(tensors, state)
         self.critic.restore(dict(tensors), state["critic"])  # type: ignore[arg-type]

@@ -24,7 +24,8 @@ class ParallelConfig:
     balance: bool = option(
         True, "Replicas take prompts from one queue, the long ones first; false gives each as many. Changes no completion."
     )
-    timeout: float = option(600.0, "Seconds that a process may be silent, or an exchange take, before the run stops.", above=0)
+    timeout: float = option(1800.0, "Seconds that an exchange between processes may take before the run stops.", above=0)
+    silence: float = option(60.0, "Seconds without a sign of life after which a process counts as dead.", above=0)
 
 
 @dataclass(frozen=True)

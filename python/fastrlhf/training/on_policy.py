@@ -226,6 +226,9 @@ class OnPolicy(ABC):
     def state(self) -> dict[str, Any]:
         return {"policy": self.policy.state(), "prompts": self.prompts.state_dict(), "kl_coef": self.kl.coef}
 
+    def prepare(self) -> None:
+        self.policy.optimizer.prepare()
+
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         self.policy.restore(dict(tensors), state["policy"])  # type: ignore[arg-type]
         self.prompts.load_state_dict(state["prompts"])

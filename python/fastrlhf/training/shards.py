@@ -61,7 +61,7 @@ def weights_of(parameters: Mapping[str, nn.Parameter], groups: ParallelGroups) -
 
 def scalar(value: Tensor, groups: ParallelGroups, writes: bool) -> Tensor:
     """A number of a parameter, such as its count of steps, for a checkpoint."""
-    return placed(value, Placement((), (Chunk((), (), ()),), writes and groups.dp.first))
+    return placed(value.view(1), Placement((1,), (Chunk((0,), (0,), (1,)),), writes and groups.dp.first))
 
 
 def add_partial(grads: Sequence[Tensor], axis: Axis) -> None:
