@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import socket
+import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from fastrlhf.cli.console import Console
 from fastrlhf.data import train_tokenizer
 from fastrlhf.models import Decoder, DecoderConfig, save_decoder
 
+from fastrlhf.training import loop
+from fastrlhf.training.progress import Silent
+
 from ..trainer import WORDS, write
+
+PRELOAD = ["fastrlhf.algorithms.ppo", "fastrlhf.cli.train", "transformers"]  # imported once, not once a process
 
 LLAMA: dict[str, Any] = {"model_type": "llama"}
 QWEN: dict[str, Any] = {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 8}
@@ -61,7 +73,7 @@ def parallel_words(options: dict[str, Any]) -> list[str]:
 def spawn(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `work(rank, *arguments)` returns in each of so many processes."""
     with tempfile.TemporaryDirectory() as directory:
-        multiprocessing.set_forkserver_preload(["fastrlhf.algorithms.ppo", "transformers"])  # imported once, not once a process
+        multiprocessing.set_forkserver_preload(PRELOAD)
         mp.start_processes(_work, (world, directory, work, arguments), nprocs=world, start_method="forkserver")
         return [torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in range(world)]
 
@@ -72,3 +84,72 @@ def _work(rank: int, world: int, directory: str, work: Callable[..., Any], argum
     torch.save(work(rank, *arguments), f"{directory}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def launch(
+    world: int, words: list[str], directory: Path, kill: tuple[int, int, str] | None = None, timeout: float = 120
+) -> list[tuple[int, str]]:
+    """The exit status and standard error of each of `world` processes of the command `fastrlhf`.
+
+    Args:
+        kill: (rank, step, phase): the process that is killed with SIGKILL when it comes to that phase of that step.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    logs = [directory / f"stderr-{rank}" for rank in range(world)]
+    started = [
+        context.Process(target=_command, args=(rank, world, port, words, str(log), kill)) for rank, log in enumerate(logs)
+    ]
+    for process in started:
+        process.start()
+    end = time.monotonic() + timeout
+    for process in started:
+        process.join(max(0.0, end - time.monotonic()))
+    stuck = [rank for rank, process in enumerate(started) if process.exitcode is None]
+    for rank in stuck:
+        started[rank].kill()
+        started[rank].join()
+    texts = [log.read_text() if log.exists() else "" for log in logs]
+    assert not stuck, f"still running after {timeout} s: {stuck}\n" + "\n".join(texts)
+    return [(int(process.exitcode or 0), text) for process, text in zip(started, texts, strict=True)]
+
+
+def _command(rank: int, world: int, port: int, words: list[str], log: str, kill: tuple[int, int, str] | None) -> None:
+    sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115  # for the life of the process
+    os.dup2(sys.stderr.fileno(), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
+    if kill is not None and kill[0] == rank:
+        _die_at(kill[1], kill[2])
+    from fastrlhf.cli.main import main
+
+    sys.exit(main(words))
+
+
+def _die_at(step: int, phase: str) -> None:
+    """Puts a kill into the progress of this process."""
+    at = 0
+    silent, advance = Silent.phase, loop.rng_tensors
+
+    def count() -> dict[str, torch.Tensor]:  # called before each step
+        nonlocal at
+        at += 1
+        return advance()
+
+    @contextmanager
+    def watched(self: Silent, name: str, total: float | None = None) -> Iterator[Any]:
+        if at >= step and name == phase:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with silent(self, name, total) as inner:
+            yield inner
+
+    loop.rng_tensors = count  # type: ignore[assignment]
+    Silent.phase = watched  # type: ignore[method-assign]
+    Console.phase = watched  # type: ignore[method-assign]

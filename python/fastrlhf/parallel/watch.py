@@ -46,12 +46,19 @@ class Watch:
         if self.verdict is None:
             text = str(error).strip().splitlines()
             self._accuse(f"{self.place(self.rank)} failed: {type(error).__name__}: {text[0] if text else ''}")
+            self._linger()
 
     def explain(self, error: BaseException) -> BaseException:
         """What to raise for an error of an exchange with other processes: who is gone, once it is known."""
         if self._known.wait(self.timeout + 2 * self.interval):
+            self._linger()
             return Lost(f"{self.verdict}; this process, {self.place(self.rank)}, stops")
         return error
+
+    def _linger(self) -> None:
+        """The first process may keep the store: it stays until the others have read in it why it goes."""
+        if self.rank == 0:
+            time.sleep(4 * self.interval)
 
     def close(self) -> None:
         self._stop.set()
