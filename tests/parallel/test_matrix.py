@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from fastrlhf.algorithms.grpo import GroupRelative, GRPOConfig
 from fastrlhf.algorithms.ppo import PPO, PPOConfig
+from fastrlhf.algorithms.reward import RewardConfig, RewardTraining
 from fastrlhf.algorithms.sft import SFT, SFTConfig
 from fastrlhf.config import load
+from fastrlhf.data import load_tokenizer
+from fastrlhf.models import load_scalar_model, save_scalar_model
 from fastrlhf.models.checkpoint import named_weights, places
 from fastrlhf.parallel.layers import whole_of
 from fastrlhf.training.progress import Silent
@@ -125,3 +129,50 @@ def test_five_steps_of_ppo_are_those_of_one_process(files: tuple[str, dict[str, 
                 assert ours["tokens"] == theirs["tokens"], (name, rank, step)
                 ours["metrics"].pop("generate/idle", None)
                 assert ours["metrics"] == pytest.approx(theirs["metrics"], abs=1e-4), (name, rank, step)
+
+
+def others(rank: int, model: str, data: dict[str, str], layouts: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
+    """Three steps of GRPO, with a reward model beside a function, and of reward training, and its evaluation."""
+    return [[*grpo(model, data, options), *reward(model, data, options)] for options in layouts]
+
+
+def grpo(model: str, data: dict[str, str], options: dict[str, Any]) -> list[dict[str, float]]:
+    source = f'[{{"function": "tests.trainer:letters"}}, {{"model": "{data["reward model"]}", "weight": 0.5}}]'
+    algorithm = GroupRelative(load(GRPOConfig, None, [
+        "--run.directory", "unused", "--model.path", model, "--data.path", data["prompts"], "--data.max_prompt_tokens", "40",
+        "--rewards", source, "--steps", "3", "--prompts_per_step", "3", "--completions_per_prompt", "3", "--data.held_out",
+        data["prompts"], "--data.held_out_limit", "5",
+        "--sampling.max_tokens", "8", "--update.optimizer.lr", "1e-3", "--update.optimizer.eps", "1e-4",
+        "--update.loss.reduction", "seq-mean-token-mean", "--update.loss.entropy_coef", "0.01", "--update.minibatch_size", "5",
+        *parallel_words(options),
+    ]))  # fmt: skip
+    out = [numbers(algorithm.step(step, Silent())) for step in (1, 2, 3)]
+    return [*out, numbers(algorithm.evaluate(Silent()))]
+
+
+def reward(model: str, data: dict[str, str], options: dict[str, Any]) -> list[dict[str, float]]:
+    algorithm = RewardTraining(load(RewardConfig, None, [
+        "--run.directory", "unused", "--model.path", model, "--data.path", data["pairs"], "--batch_size", "5", "--steps", "3",
+        "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-4", "--optimizer.warmup_steps", "0", "--micro_batch_tokens", "60",
+        "--data.held_out_share", "0.2", *parallel_words(options),
+    ]))  # fmt: skip
+    out = [numbers(algorithm.step(step, Silent())) for step in (1, 2, 3)]
+    return [*out, numbers(algorithm.evaluate(Silent()))]
+
+
+def numbers(metrics: Any) -> dict[str, float]:
+    return {k: float(v) for k, v in metrics.items() if k != "generate/idle"}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_grpo_and_reward_models_are_those_of_one_process(files: tuple[str, dict[str, str]], world: int, tmp_path: Path) -> None:
+    model, data = files
+    save_scalar_model(load_scalar_model(model, seed=5), tmp_path / "rm", tokenizer=load_tokenizer(model))
+    data = data | {"reward model": str(tmp_path / "rm")}
+    layouts = {name: options for name, (size, options) in LAYOUTS.items() if size == world}
+    expected = [*grpo(model, data, {}), *reward(model, data, {})]
+    found = spawn(world, others, model, data, list(layouts.values()))
+    for i, name in enumerate(layouts):
+        for rank in range(world):
+            for k, (ours, theirs) in enumerate(zip(found[rank][i], expected, strict=True)):
+                assert ours == pytest.approx(theirs, abs=1e-4), (name, rank, k)
