@@ -64,6 +64,7 @@ def measured(rank: int, tp: int, pp: int, job: Job, config: dict[str, Any]) -> t
 def sft(**options: Any) -> Job:
     given: dict[str, Any] = {
         "algorithm": "sft", "completions": 16, "prompt_tokens": 64, "completion_tokens": 64, "micro_batch_tokens": 512,
+        "gloo": True,
     }  # fmt: skip
     return Job(**(given | options))
 

@@ -8,6 +8,7 @@ are computed and kept once instead of once a process.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .groups import Axis
+
+# torch renamed them; the old names warn at every call
+all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class _CopyToShards(torch.autograd.Function):
@@ -85,14 +90,14 @@ class _ColumnLinear(torch.autograd.Function):
         gathering = None
         if ctx.rows and learns:
             whole = x.new_empty(x.shape[0] * axis.size, *x.shape[1:])
-            gathering = dist.all_gather_into_tensor(whole, x.contiguous(), group=axis.group, async_op=True)
+            gathering = all_gather_single(whole, x.contiguous(), group=axis.group, async_op=True)
         grad = g @ weight
         if gathering is not None:
             gathering.wait()
             x = whole
         if ctx.rows:
             out = grad.new_empty(grad.shape[0] // axis.size, *grad.shape[1:])
-            work = dist.reduce_scatter_tensor(out, grad, group=axis.group, async_op=True)
+            work = reduce_scatter_single(out, grad, group=axis.group, async_op=True)
         else:
             out, work = grad, dist.all_reduce(grad, group=axis.group, async_op=True)
         flat = g.reshape(-1, g.shape[-1])
@@ -131,14 +136,14 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, ro
 def all_gather_rows(x: Tensor, axis: Axis) -> Tensor:
     """The rows of all ranks in rank order. No gradient."""
     out = x.new_empty(x.shape[0] * axis.size, *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    all_gather_single(out, x.contiguous(), group=axis.group)
     return out
 
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     """This rank's share of the rows of the sum. No gradient."""
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    reduce_scatter_single(out, x.contiguous(), group=axis.group)
     return out
 
 

@@ -160,7 +160,8 @@ class _Line:
 
     def __init__(self, groups: ParallelGroups, interleave: int) -> None:
         self.pp, self.channels, self.last = groups.pp, groups.channels, groups.pp.size * interleave - 1
-        self._out: list[tuple[dist.Work, Tensor]] = []
+        self._out: dict[Action, tuple[dist.Work, Tensor]] = {}
+        self._room = 4 * groups.pp.size * interleave
         self._in: dict[Action, tuple[dist.Work, Tensor]] = {}
 
     def _stage(self, action: Action) -> int:
@@ -193,7 +194,15 @@ class _Line:
     def take(self, action: Action) -> Tensor:
         work, rows = self._in.pop(action)
         work.wait()
+        self._arrived(Action(True, action.batch, action.chunk) if not action.forward else None)
         return rows
+
+    def _arrived(self, sent: Action | None) -> None:
+        """Let go of rows that were sent: those whose gradient has come back, and the oldest of more than there is room for."""
+        if sent is None:
+            sent = next(iter(self._out)) if len(self._out) > self._room else None
+        if sent is not None and sent in self._out:
+            self._out.pop(sent)[0].wait()
 
     def send(self, action: Action, rows: Tensor) -> None:
         """What an action made, to the stage that goes on with it."""
@@ -201,16 +210,16 @@ class _Line:
         to = stage + (1 if action.forward else -1)
         if not 0 <= to <= self.last:
             return
-        self._out = [(w, t) for w, t in self._out if not w.is_completed()]
+        self._arrived(None)
         rows = rows.detach().contiguous()
         work = dist.isend(rows, dst=self._rank(to), group=self._link(min(stage, to), action.forward))
         assert work is not None
-        self._out.append((work, rows))
+        self._out[action] = work, rows
 
     def finish(self) -> None:
-        for work, _ in self._out:
+        for work, _ in self._out.values():
             work.wait()
-        self._out = []
+        self._out = {}
 
 
 def run(

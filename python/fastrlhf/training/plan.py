@@ -61,6 +61,7 @@ class Job:
     itemsize: int = 2  # of the weights; 4: float32, which needs no copies
     packed_evenly: bool = True  # sequences of a micro-batch have about one length
     sequence_parallel: bool = True
+    gloo: bool = False  # which copies what it reduces; NCCL does not
 
     @property
     def trained(self) -> int:
@@ -178,7 +179,7 @@ def memory_of_rank(c: DecoderConfig, stages: Stages, rank: int, tp: int, dp: int
     copies = 4 if s != 4 else 0
     bucket = min(BUCKET + max(w.largest for w in learning), own)
     # at the step: the share's gradients beside all of them, and one bucket packed; while adding up: one raw gradient
-    exchange = 4 * own / dp + 4 * bucket * (1 + 1 / dp) if dp > 1 else 0.0
+    exchange = 4 * own / dp + 4 * bucket * (1 + job.gloo) if dp > 1 else 0.0
     raw = s * max(w.largest for w in learning) if s != 4 else 0
     sequences = min(job.max_sequences, math.ceil(job.completions / (pp * dp)))
     context = job.prompt_tokens + job.completion_tokens
@@ -229,15 +230,17 @@ def activations(c: DecoderConfig, stages: Stages, rank: int, tp: int, dp: int, j
     flying = _in_flight(pp, stages.interleave, count, rank)
     layers = sum(len(r) for r in stages.of_rank(rank)) / stages.interleave
     each = layer_bytes(c, tp, s, shared)
-    kept = flying * layers * (between if job.checkpointing else each) * tokens
-    working = (each if job.checkpointing else 0.0) * tokens
+    sent = rank < pp - 1  # what the stage made is held too
+    kept = flying * (layers * (between if job.checkpointing else each) + between * sent) * tokens
+    # a layer that is computed again, gradients on their way through its widest block, rows brought together for tp
+    passing = (2 * c.intermediate_size / tp + 3 * h * shared) * s
+    working = ((each if job.checkpointing else 0.0) + passing) * tokens
     head = 0.0
     if rank == pp - 1:
         rows = tokens * share
         width = c.vocab_size / tp if job.algorithm != "reward" else 1
         head = rows * (width * s + 2 * h * s) + tokens * 2 * h * s
-    # the head's logits are gone before the layers are computed again
-    return kept + max(working, head) if job.checkpointing else kept + head
+    return kept + max(working, head)  # the head's logits are gone when the layers' turn comes
 
 
 def _in_flight(pp: int, interleave: int, batches: int, rank: int) -> int:

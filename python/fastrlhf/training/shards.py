@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..parallel import ParallelGroups
-from ..parallel.collectives import summed
+from ..parallel.collectives import all_gather_single, reduce_scatter_single, summed
 from ..parallel.groups import Axis
 from ..parallel.sharding import Chunk, Placement, placed, sharding_of
 
@@ -87,7 +86,7 @@ def scatter(slices: Sequence[Slice], grads: Sequence[Tensor], axis: Axis) -> lis
                 rows = flat[r * s.rows * s.width : (r + 1) * s.rows * s.width]
                 column[r, : rows.numel()] = rows
         mine = packed.new_empty(sum(sizes))
-        dist.reduce_scatter_tensor(mine, packed.view(-1), group=axis.group)
+        reduce_scatter_single(mine, packed.view(-1), group=axis.group)
         for s, flat in zip(part, mine.split(sizes), strict=True):
             count = s.last - s.first
             out.append(flat[: count * s.width].view(count, *s.parameter.shape[1:]))
@@ -109,7 +108,7 @@ def gather(slices: Sequence[Slice], axis: Axis) -> None:
             rows = p[s.first : s.last].reshape(-1)
             flat[: rows.numel()] = rows
         packed = mine.new_empty(axis.size, sum(sizes))
-        dist.all_gather_into_tensor(packed.view(-1), mine, group=axis.group)
+        all_gather_single(packed.view(-1), mine, group=axis.group)
         for s, p, column in zip(part, own, packed.split(sizes, 1), strict=True):
             p.view(-1).copy_(column.reshape(-1)[: p.numel()])
 
