@@ -4,9 +4,10 @@
 
 Real engines in gloo processes draw sequences whose lengths are prescribed, from a log-normal distribution with sigma 1: 0.9 of
 it between prompts, 0.45 between visits and samples of a prompt; cut at 400, median 25. In the first round no length is known;
-in the others the queue begins with the prompts whose completions were long in the round before. A step of an engine takes at least 20 ms, asleep for what it does not compute:
-as on a device, where a step reads all weights whatever the batch, and so that processes that share cores do not slow one
-another. Idle is the mean share of its time that a replica waits for the slowest.
+in the others the queue begins with the prompts whose completions were long in the round before.
+
+A step of an engine takes at least 20 ms, asleep for what it does not compute: as on a device, where a step reads all weights
+whatever the batch, and so that processes that share cores do not slow one another. Idle is the mean share of its time that a replica waits for the slowest.
 """
 
 from __future__ import annotations

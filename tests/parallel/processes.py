@@ -20,7 +20,6 @@ import torch.multiprocessing as mp
 from fastrlhf.cli.console import Console
 from fastrlhf.data import train_tokenizer
 from fastrlhf.models import Decoder, DecoderConfig, save_decoder
-
 from fastrlhf.training import loop
 from fastrlhf.training.progress import Silent
 

@@ -61,13 +61,13 @@ def many_steps(rank: int, model: str, data: dict[str, str], layouts: list[dict[s
     return [one_step(model, data, options) for options in layouts]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3 tied"])
+@pytest.fixture(scope="module", params=[pytest.param("llama", marks=pytest.mark.slow), "qwen3 tied"])
 def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
     directory = tmp_path_factory.mktemp("files")
     return make_model(directory / "model", LLAMA if request.param == "llama" else QWEN), make_data(directory)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_step_of_sft_is_that_of_one_process(files: tuple[str, dict[str, str]], world: int) -> None:
     model, data = files
     layouts = {name: options for name, (size, options) in LAYOUTS.items() if size == world}
@@ -115,6 +115,14 @@ def run_ppos(rank: int, model: str, data: dict[str, str], layouts: list[dict[str
     return [run_ppo(model, data, options, steps) for options in layouts]
 
 
+def test_two_steps_of_ppo_over_stages_and_shards(files: tuple[str, dict[str, str]]) -> None:
+    """The matrix below in short."""
+    expected = run_ppo(*files, {}, 2)
+    found = spawn(4, run_ppos, *files, [LAYOUTS["tp2 pp2"][1]], 2)
+    compare("tp2 pp2", [rank[0] for rank in found], expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_five_steps_of_ppo_are_those_of_one_process(files: tuple[str, dict[str, str]], world: int) -> None:
     model, data = files
@@ -124,11 +132,15 @@ def test_five_steps_of_ppo_are_those_of_one_process(files: tuple[str, dict[str, 
     expected = run_ppo(model, data, {}, 5)
     found = spawn(world, run_ppos, model, data, list(layouts.values()), 5)
     for i, name in enumerate(layouts):
-        for rank in range(world):
-            for step, (ours, theirs) in enumerate(zip(found[rank][i], expected, strict=True), 1):
-                assert ours["tokens"] == theirs["tokens"], (name, rank, step)
-                ours["metrics"].pop("generate/idle", None)
-                assert ours["metrics"] == pytest.approx(theirs["metrics"], abs=1e-4), (name, rank, step)
+        compare(name, [rank[i] for rank in found], expected)
+
+
+def compare(name: str, found: list[Any], expected: list[dict[str, Any]]) -> None:
+    for rank, steps in enumerate(found):
+        for step, (ours, theirs) in enumerate(zip(steps, expected, strict=True), 1):
+            assert ours["tokens"] == theirs["tokens"], (name, rank, step)
+            ours["metrics"].pop("generate/idle", None)
+            assert ours["metrics"] == pytest.approx(theirs["metrics"], abs=1e-4), (name, rank, step)
 
 
 def others(rank: int, model: str, data: dict[str, str], layouts: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
@@ -164,6 +176,7 @@ def numbers(metrics: Any) -> dict[str, float]:
     return {k: float(v) for k, v in metrics.items() if k != "generate/idle"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_grpo_and_reward_models_are_those_of_one_process(files: tuple[str, dict[str, str]], world: int, tmp_path: Path) -> None:
     model, data = files

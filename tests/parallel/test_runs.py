@@ -68,9 +68,10 @@ def alone(files: tuple[str, dict[str, str]], tmp_path_factory: pytest.TempPathFa
     return directory
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_any_other_layout(files: tuple[str, dict[str, str]], alone: Path, tmp_path: Path) -> None:
     # a time limit of nothing stops a run after each step
-    layouts = ["tp2 pp2", "dp2", "tp4", "one"] 
+    layouts = ["tp2 pp2", "dp2", "tp4", "one"]
     for layout in layouts:
         more = ["--run.time_limit", "0"] if layout != layouts[-1] else []
         run(files, tmp_path / "run", layout, "--run.resume", "auto", *more)
@@ -83,6 +84,7 @@ def test_what_one_process_saved_goes_on_in_four(files: tuple[str, dict[str, str]
     same(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2 pp2", "pp2 interleaved", "tp2 dp2"])
 def test_the_export_is_that_of_one_process(files: tuple[str, dict[str, str]], layout: str, tmp_path: Path) -> None:
     """Bitwise: a learning rate of 0 leaves the weights alone, so that only the export can differ."""
@@ -102,9 +104,7 @@ def killed_then_resumed(
     world = LAYOUTS[layout][0]
     run_directory = directory / "run"
     run_directory.mkdir()
-    begun = launch(
-        world, words(files, run_directory, layout, "--parallel.silence", "3"), directory, kill=(victim, step, phase)
-    )
+    begun = launch(world, words(files, run_directory, layout, "--parallel.silence", "3"), directory, kill=(victim, step, phase))
     for rank, (status, text) in enumerate(begun):
         if rank == victim:
             assert status == -9

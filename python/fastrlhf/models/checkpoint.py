@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import extra
 from ..parallel import ColumnParallelLinear, ParallelGroups, RowParallelLinear, Stages, VocabParallelEmbedding
+from ..parallel.groups import Axis
 from ..parallel.layers import whole_of
 from ..parallel.sharding import sharding_of
 from .config import DecoderConfig
@@ -22,7 +23,6 @@ from .decoder import Decoder, RMSNorm
 from .export import HEAD, INDEX, WEIGHTS, save_weights
 from .heads import ScalarModel
 from .lora import Adapter
-
 
 
 def read_config(directory: str | Path) -> DecoderConfig:
@@ -144,11 +144,16 @@ class Place(NamedTuple):
         return None if isinstance(self.module, RMSNorm) else 0
 
     @property
+    def axis(self) -> Axis:
+        """Over which it is cut."""
+        return Axis() if isinstance(self.module, RMSNorm) else self.module.axis
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole weight."""
         shape = list(self.parameter.shape)
         if self.dim is not None:
-            shape[self.dim] *= self.module.axis.size  # type: ignore[union-attr]
+            shape[self.dim] *= self.axis.size
         return tuple(shape)
 
     def whole(self) -> Tensor:
@@ -157,7 +162,7 @@ class Place(NamedTuple):
         if isinstance(adapter, Adapter) and self.kind == "weight":
             held = adapter.merge(self.module.weight.detach())
             held = held[self.module.rows(self.part)] if isinstance(self.module, ColumnParallelLinear) else held
-        return held if self.dim is None else whole_of(held, self.dim, self.module.axis)  # type: ignore[union-attr]
+        return held if self.dim is None else whole_of(held, self.dim, self.axis)
 
     def load(self, whole: Tensor) -> None:
         """Copy this rank's share of the whole weight."""

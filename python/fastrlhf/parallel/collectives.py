@@ -129,7 +129,7 @@ def whole_rows(x: Tensor, axis: Axis) -> Tensor:
 
 
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, rows: bool) -> Tensor:
-    """x Wᵀ + b with this rank's rows of W; with `rows` x is this rank's share of the rows, (n / size, in) -> (n, out / size)."""
+    """x Wᵀ + b with this rank's rows of W: (n, in) -> (n, out / size); with `rows` x is this rank's share, (n / size, in)."""
     return F.linear(x, weight, bias) if axis.size == 1 else _ColumnLinear.apply(x, weight, bias, axis, rows)
 
 

@@ -44,9 +44,7 @@ class Stages:
                 f"num_hidden_layers: {self.layers} cannot be cut into {self.count} stages (pp {self.pp} x interleave "
                 f"{self.interleave})"
             )
-        if self.split is not None and (
-            len(self.split) != self.count or sum(self.split) != self.layers or min(self.split) < 1
-        ):
+        if self.split is not None and (len(self.split) != self.count or sum(self.split) != self.layers or min(self.split) < 1):
             raise ValueError(
                 f"split: expected {self.count} numbers >= 1 that add up to {self.layers} layers, got {list(self.split)}"
             )

@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import torch.distributed as dist
 
@@ -29,10 +31,10 @@ class Watch:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, world: int, *, timeout: float, place: Callable[[int], str] = "rank {}".format,
+        self, store: Any, rank: int, world: int, *, timeout: float, place: Callable[[int], str] = "rank {}".format,
         grace: float = 10.0,
     ) -> None:  # fmt: skip
-        self._store = dist.PrefixStore("fastrlhf/watch", store)
+        self._store = dist.distributed_c10d.PrefixStore("fastrlhf/watch", store)
         self.rank, self.world, self.timeout, self.grace, self.place = rank, world, timeout, grace, place
         self.interval = min(5.0, max(0.05, timeout / 10))
         self.verdict: str | None = None
@@ -65,11 +67,9 @@ class Watch:
         self._thread.join(self.timeout)
 
     def _accuse(self, text: str) -> None:
-        try:
+        with suppress(RuntimeError):  # the store may be gone with its process; the others see that too
             if not self._store.check(["verdict"]):
                 self._store.set("verdict", text)
-        except RuntimeError:
-            pass  # the store is gone with its process; the others see that too
 
     def _run(self) -> None:
         following = (self.rank + 1) % self.world
@@ -92,10 +92,8 @@ class Watch:
                     reason = str(error).splitlines()[0]
                     self._end(f"{self.place(0)} or whoever else keeps the run's store is gone ({reason[:100]})")
                 return
-        try:
+        with suppress(RuntimeError):
             self._store.set(f"beat/{self.rank}", "end")
-        except RuntimeError:
-            pass
 
     def _end(self, verdict: str) -> None:
         self.verdict = verdict

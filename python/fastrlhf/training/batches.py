@@ -95,9 +95,7 @@ def completion_values(model: ScalarModel, sequences: Sequences, *, max_tokens: i
     return _of_tokens(model.decoder, sequences, max_tokens, lambda batch, hidden: model.of_hidden(hidden))
 
 
-def _of_tokens(
-    model: Decoder, sequences: Sequences, max_tokens: int, of: Callable[[MicroBatch, Tensor], Tensor]
-) -> Tensor:
+def _of_tokens(model: Decoder, sequences: Sequences, max_tokens: int, of: Callable[[MicroBatch, Tensor], Tensor]) -> Tensor:
     device, groups = model.device, model.groups
     out = torch.zeros(int(sequences.offsets[-1]), device=device)
     batches = list(micro_batches(sequences, range(len(sequences)), max_tokens, device, groups))

@@ -241,9 +241,7 @@ def _fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress, 
     return result
 
 
-def _resume(
-    algorithm: Algorithm, run: RunConfig, checkpoints: Checkpoints, progress: Progress, together: Together
-) -> int:
+def _resume(algorithm: Algorithm, run: RunConfig, checkpoints: Checkpoints, progress: Progress, together: Together) -> int:
     if run.resume == "never":
         return 0
     path = together.lead(checkpoints.latest) if run.resume == "auto" else Path(run.resume)

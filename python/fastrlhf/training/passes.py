@@ -11,9 +11,7 @@ from ..models import Decoder, Packed
 from ..parallel import ParallelGroups, pipeline
 
 
-def run(
-    model: Decoder, inputs: Sequence[tuple[Tensor, Packed]], last: Callable[[int, Tensor], Tensor | None]
-) -> None:
+def run(model: Decoder, inputs: Sequence[tuple[Tensor, Packed]], last: Callable[[int, Tensor], Tensor | None]) -> None:
     """Every micro-batch, (tokens, pack), through the model; backward too where gradients are enabled.
 
     Args:
@@ -36,9 +34,7 @@ def run(
         tokens, pack = inputs[i]
         return model.stage(chunk, tokens if rows is None else rows, pack)
 
-    pipeline.run(
-        model.groups, model.stages.interleave, len(inputs), empty=empty, forward=forward, last=last, backward=backward
-    )
+    pipeline.run(model.groups, model.stages.interleave, len(inputs), empty=empty, forward=forward, last=last, backward=backward)
 
 
 def assembled(out: Tensor, groups: ParallelGroups) -> Tensor:

@@ -179,7 +179,7 @@ def memory_of_rank(c: DecoderConfig, stages: Stages, rank: int, tp: int, dp: int
     copies = 4 if s != 4 else 0
     bucket = min(BUCKET + max(w.largest for w in learning), own)
     # at the step: the share's gradients beside all of them, and one bucket packed; while adding up: one raw gradient
-    exchange = 4 * own / dp + 4 * bucket * (1 + job.gloo) if dp > 1 else 0.0
+    exchange = 4.0 * own / dp + 4 * bucket * (1 + job.gloo) if dp > 1 else 0.0
     raw = s * max(w.largest for w in learning) if s != 4 else 0
     sequences = min(job.max_sequences, math.ceil(job.completions / (pp * dp)))
     context = job.prompt_tokens + job.completion_tokens
@@ -209,7 +209,7 @@ def layer_bytes(c: DecoderConfig, tp: int, s: int, rows_shared: bool) -> float:
     d, h, f = c.head_dim, c.hidden_size, c.intermediate_size
     q = c.num_attention_heads * d / tp
     kv = c.num_key_value_heads * d / tp
-    norms = 2 * (2 * h * s if s == 4 else 4 * h + 2 * h * s)  # float32: input and output; else the float32 copy as well
+    norms = 2.0 * (2 * h * s if s == 4 else 4 * h + 2 * h * s)  # float32: input and output; else the float32 copy as well
     if rows_shared:
         norms /= tp
     grouped = c.num_attention_heads != c.num_key_value_heads

@@ -125,9 +125,7 @@ class Policy:
         self.tokenizer = load_matching_tokenizer(model.path, self.model)
         self.minibatch = min(update.minibatch_size or rollout_size, rollout_size)
         self.steps_per_rollout = update.epochs * -(-rollout_size // self.minibatch)
-        self.optimizer = Optimizer(
-            trainable(self.model), update.optimizer, total_steps * self.steps_per_rollout, self.groups
-        )
+        self.optimizer = Optimizer(trainable(self.model), update.optimizer, total_steps * self.steps_per_rollout, self.groups)
         self.reference: Decoder | None = None
         if reference and not any(adapters(self.model)):
             self.reference = load_decoder(model.path, device=self.device, dtype=dtype, **parallel.of(model.path)).eval()
@@ -175,9 +173,7 @@ class Policy:
         denominator = _denominator(rollout, members, config.reduction)
         total = torch.zeros((), device=self.device)
         per_token = advantages.shape[0] == rollout.mask.shape[0]
-        batches = list(
-            micro_batches(rollout.sequences, members, self.config.micro_batch_tokens, self.device, self.groups)
-        )
+        batches = list(micro_batches(rollout.sequences, members, self.config.micro_batch_tokens, self.device, self.groups))
 
         def last(i: int, hidden: Tensor) -> Tensor:
             batch = batches[i]

@@ -117,7 +117,6 @@ class Rewards:
             total += self.weights[name] * scores
         return Scored(total, parts)
 
-
     def _share_out(self, name: str, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
         """What a function says, each replica's first process having asked it about its part. An error is raised in all."""
         axis, function = self.groups.replicas, self.functions[name]
@@ -178,9 +177,7 @@ def _module(name: str) -> Any:
     return module
 
 
-def _call(
-    name: str, function: Callable[..., Any], prompts: Sequence[Prompt], texts: Sequence[str], first: int = 0
-) -> Tensor:
+def _call(name: str, function: Callable[..., Any], prompts: Sequence[Prompt], texts: Sequence[str], first: int = 0) -> Tensor:
     """`first`: the number of the first completion, for messages."""
     fields: Mapping[str, list[Any]] = {
         field: [p.row.get(field) for p in prompts]
@@ -197,6 +194,7 @@ def _call(
     for i, reward in enumerate(rewards):
         if not math.isfinite(reward):
             raise RewardError(
-                f"reward {name!r}: got {reward} for completion {first + i}, {texts[i][:80]!r} of prompt {prompts[i].text[-80:]!r}"
+                f"reward {name!r}: got {reward} for completion {first + i}, {texts[i][:80]!r} of prompt "
+                f"{prompts[i].text[-80:]!r}"
             )
     return torch.tensor(rewards, dtype=torch.float32)

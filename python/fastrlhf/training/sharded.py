@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load as read_shards
+from torch.distributed.checkpoint.state_dict_saver import save as write_shards
 
 from ..errors import CheckpointError, extra
 from ..parallel.sharding import Chunk, Placement, placement_of
@@ -98,8 +101,8 @@ class _LoadPlanner(DefaultLoadPlanner):
 def save(directory: Path, tensors: Tensors) -> None:
     """Collective over all processes. That all chunks together are each whole tensor, every element once, is checked."""
     alone = not dist.is_initialized()
-    writer = dcp.FileSystemWriter(directory, single_file_per_rank=True)
-    dcp.save(dict(_flat(tensors)), storage_writer=writer, planner=_SavePlanner(), no_dist=alone)
+    writer = FileSystemWriter(directory, single_file_per_rank=True)
+    write_shards(dict(_flat(tensors)), storage_writer=writer, planner=_SavePlanner(), no_dist=alone)
 
 
 def load(path: Path, tensors: Tensors) -> None:
@@ -113,9 +116,9 @@ def load(path: Path, tensors: Tensors) -> None:
             _from_one(path, tensors)
             return
         try:
-            reader = dcp.FileSystemReader(path / SHARDS)
-            dcp.load(_flat(tensors), storage_reader=reader, planner=_LoadPlanner(), no_dist=not dist.is_initialized())
-        except dcp.api.CheckpointException as error:
+            reader = FileSystemReader(path / SHARDS)
+            read_shards(_flat(tensors), storage_reader=reader, planner=_LoadPlanner(), no_dist=not dist.is_initialized())
+        except CheckpointException as error:
             first: Any = next(iter(error.failures.values()))[0]
             raise CheckpointError(f"{path}: {first}") from error
 

@@ -109,7 +109,7 @@ def gather(slices: Sequence[Slice], axis: Axis) -> None:
             flat[: rows.numel()] = rows
         packed = mine.new_empty(axis.size, sum(sizes))
         all_gather_single(packed.view(-1), mine, group=axis.group)
-        for s, p, column in zip(part, own, packed.split(sizes, 1), strict=True):
+        for p, column in zip(own, packed.split(sizes, 1), strict=True):
             p.view(-1).copy_(column.reshape(-1)[: p.numel()])
 
 

@@ -83,7 +83,7 @@ class Together:
         done, value = self.agree(found)
         if not done:
             raise value
-        return value  # type: ignore[no-any-return]
+        return value
 
     def save(
         self, checkpoints: Checkpoints, step: int, algorithm: Stateful, state: Mapping[str, Any], rng: Mapping[str, Tensor]

@@ -104,7 +104,7 @@ class EmbeddedEngine:
         def add(share: Share) -> None:
             seed = mix(seeds[share.prompt], share.first)
             tokens = list(prompts[share.prompt])
-            scheduler.add(Sequence(share.prompt, share.first, tokens, seed, sampling, share.count - 1))
+            scheduler.add(Sequence(share.prompt, share.first, tokens, seed, sampling, share.samples - 1))
             self.stats.prompt_tokens += len(tokens)
 
         work = work or given([Share(i, 0, sampling.n) for i in range(len(prompts))])
@@ -227,9 +227,7 @@ class EmbeddedEngine:
         wanted = self.cache_tokens
         if wanted is None:
             heads, dim = self.model.kv_shape
-            per_token = (
-                len(self.model.layers) * heads * (dim + -(-dim // 16) * 16) * self.model.dtype.itemsize
-            )
+            per_token = len(self.model.layers) * heads * (dim + -(-dim // 16) * 16) * self.model.dtype.itemsize
             wanted = min(min(self.max_sequences, sequences) * (longest + BLOCK), 2**31 // per_token)
         blocks = max(wanted, longest + BLOCK) // BLOCK if self.cache_tokens is None else wanted // BLOCK
         if longest > blocks * BLOCK:

@@ -52,8 +52,8 @@ def together(shares: Iterable[Share]) -> list[Share]:
     """Neighbouring samples of a prompt as one share: the prompt then goes through the model once."""
     out: list[Share] = []
     for share in shares:
-        if out and out[-1].prompt == share.prompt and out[-1].first + out[-1].count == share.first:
-            out[-1] = Share(share.prompt, out[-1].first, out[-1].count + share.count)
+        if out and out[-1].prompt == share.prompt and out[-1].first + out[-1].samples == share.first:
+            out[-1] = Share(share.prompt, out[-1].first, out[-1].samples + share.samples)
         else:
             out.append(share)
     return out
@@ -108,9 +108,7 @@ class Fleet:
         balance: take sequences from one queue; else each replica draws as many prompts.
     """
 
-    def __init__(
-        self, engine: EmbeddedEngine, groups: ParallelGroups, resharded: Resharded, *, balance: bool = True
-    ) -> None:
+    def __init__(self, engine: EmbeddedEngine, groups: ParallelGroups, resharded: Resharded, *, balance: bool = True) -> None:
         self.engine, self.groups, self.resharded, self.balance = engine, groups, resharded, balance
         self.stats = GenerationStats()
         self.idle = 0.0
@@ -153,7 +151,7 @@ class Fleet:
         replica, replicas = self.groups.replicas.rank, self.groups.replicas.size
         if not self.balance or replicas == 1:
             return given(Share(i, 0, n) for i in range(replica, len(prompts), replicas))
-        store = dist.PrefixStore("fastrlhf/queue", dist.distributed_c10d._get_default_store())
+        store = dist.distributed_c10d.PrefixStore("fastrlhf/queue", dist.distributed_c10d._get_default_store())
         key = str(next(_QUEUES))
         shares = longest_first(prompts, n, self.expected)
         return Queue(

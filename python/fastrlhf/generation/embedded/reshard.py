@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ...models.decoder import Decoder
+from ...models.decoder import Attention, Decoder
 from ...parallel.groups import Axis
 
 
@@ -46,7 +46,7 @@ class Resharded:
                 whole.get_submodule(parent)._modules[leaf] = model.get_submodule(name)
             else:
                 for module in whole.get_submodule(name).modules():
-                    if hasattr(module, "rotary"):
+                    if isinstance(module, Attention):
                         module.rotary = model.rotary
             for module in whole.get_submodule(name).modules():
                 self._held += [_Held(module, n, rank, rank == pp.rank) for n, _ in module.named_parameters(recurse=False)]

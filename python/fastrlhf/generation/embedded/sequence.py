@@ -9,11 +9,11 @@ from ..engine import Sampling
 
 
 class Share(NamedTuple):
-    """Samples [first, first + count) of a prompt, which are drawn together."""
+    """Samples [first, first + samples) of a prompt, which are drawn together."""
 
     prompt: int
     first: int
-    count: int
+    samples: int
 
 
 Work = Callable[[int], Iterable[Share]]
