@@ -7,7 +7,8 @@ it between prompts, 0.45 between visits and samples of a prompt; cut at 400, med
 in the others the queue begins with the prompts whose completions were long in the round before.
 
 A step of an engine takes at least 20 ms, asleep for what it does not compute: as on a device, where a step reads all weights
-whatever the batch, and so that processes that share cores do not slow one another. Idle is the mean share of its time that a replica waits for the slowest.
+whatever the batch, and so that processes that share cores do not slow one another. Idle is the mean share of its time that a
+replica waits for the slowest.
 """
 
 from __future__ import annotations

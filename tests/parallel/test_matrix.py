@@ -129,6 +129,10 @@ def test_five_steps_of_ppo_are_those_of_one_process(files: tuple[str, dict[str, 
     layouts = {name: options for name, (size, options) in LAYOUTS.items() if size == world}
     if world == 2:
         layouts["dp2 without a queue"] = {"balance": False}
+        layouts["generation through the stages"] = {"pp": 2, "interleave": 2, "reshard": False}
+    else:
+        layouts["generation through sharded stages"] = {"tp": 2, "pp": 2, "reshard": False}
+        layouts["generation through two pipelines"] = {"pp": 2, "reshard": False}
     expected = run_ppo(model, data, {}, 5)
     found = spawn(world, run_ppos, model, data, list(layouts.values()), 5)
     for i, name in enumerate(layouts):

@@ -59,10 +59,11 @@ def render(config: DecoderConfig, gpus: int, gpu: str, job: Job, shown: list[Pla
     if not shown:
         return f"{title}\nnone of the {count} legal layouts fits; --all shows them"
     names = list(shown[0].memory)
-    head = ["tp", "pp", "dp", *names, "peak", "fits", "bubble", "s/step"]
+    head = ["tp", "pp", "dp", *names, "peak", "fits", "bubble", "reshard", "s/step"]
     rows = [
         [str(p.tp), str(p.pp), str(p.dp), *(f"{p.memory[n] / 2**30:.1f}" for n in names), f"{p.peak / 2**30:.1f}",
-         "yes" if p.fits else "no", f"{100 * p.bubble:.0f}%", f"{p.seconds:.1f}"] for p in shown
+         "yes" if p.fits else "no", f"{100 * p.bubble:.0f}%", "yes" if p.reshard else "no",
+         f"{p.seconds:.1f}"] for p in shown
     ]  # fmt: skip
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [head, *rows]]

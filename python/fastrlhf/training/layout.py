@@ -21,6 +21,10 @@ class ParallelConfig:
     interleave: int = option(1, "Chunks of layers a pipeline process has; more leave it idle for less and send more.", low=1)
     split: list[int] | None = option(None, "Layers of each of the pp x interleave stages; null cuts evenly.", low=1)
     sequence_parallel: bool = option(True, "With tp: share the rows between the blocks too. Changes no result.")
+    reshard: bool = option(
+        True, "With pp: each process takes the other stages' layers while it generates, for pp times as many replicas; false "
+        "generates through the stages, which takes no more memory and is slower. Changes no completion.",
+    )  # fmt: skip
     balance: bool = option(
         True, "Replicas take prompts from one queue, the long ones first; false gives each as many. Changes no completion."
     )

@@ -121,7 +121,7 @@ class OnPolicy(ABC):
             config.rewards, max_tokens=config.update.micro_batch_tokens, vocab_size=model.config.vocab_size,
             device=self.policy.device, dtype=model.dtype, parallel=self.parallel,
         )  # fmt: skip
-        resharded = Resharded(model)
+        resharded = Resharded(model, config.parallel.reshard)
         engine = EmbeddedEngine(
             resharded.decoder, self.tokenizer, max_sequences=config.engine.max_sequences,
             max_batch_tokens=config.engine.max_batch_tokens, cache_tokens=config.engine.cache_tokens,
@@ -159,7 +159,7 @@ class OnPolicy(ABC):
             with self.timers("reference", tokens), progress.phase("reference"):
                 rollout.ref_logprobs = self.policy.reference_logprobs(rollout.sequences)
         metrics: dict[str, Value] = dict(rollout.metrics)
-        if self.groups.replicas.size > 1:
+        if self.engine.resharded.replicas.size > 1:
             metrics["generate/idle"] = self.engine.idle
         metrics |= self.learn(rollout, step, progress)
         metrics |= {

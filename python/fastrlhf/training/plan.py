@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from ..models import DecoderConfig
@@ -61,6 +61,7 @@ class Job:
     itemsize: int = 2  # of the weights; 4: float32, which needs no copies
     packed_evenly: bool = True  # sequences of a micro-batch have about one length
     sequence_parallel: bool = True
+    reshard: bool = True  # as parallel.reshard; where that does not fit a plan is made without
     gloo: bool = False  # which copies what it reduces; NCCL does not
 
     @property
@@ -108,7 +109,8 @@ def weights_of_rank(c: DecoderConfig, stages: Stages, rank: int, tp: int, head: 
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout. `memory`: bytes of the fullest process by item; `peak`: its most at one time, in training or generation."""
+    """One layout. `memory`: bytes of the fullest process by item; `peak`: its most at one time, in training or generation.
+    `reshard`: what parallel.reshard must be for it."""
 
     tp: int
     pp: int
@@ -118,6 +120,7 @@ class Plan:
     fits: bool
     bubble: float
     seconds: float
+    reshard: bool
 
     @staticmethod
     def parameters(c: DecoderConfig) -> int:
@@ -146,13 +149,21 @@ def plans(c: DecoderConfig, gpus: int, gpu: GPU, job: Job) -> list[Plan]:
 
 
 def plan(c: DecoderConfig, tp: int, pp: int, dp: int, gpu: GPU, job: Job) -> Plan:
+    if job.reshard and pp > 1 and job.generates:
+        resharded = _plan(c, tp, pp, dp, gpu, job)
+        return resharded if resharded.fits else _plan(c, tp, pp, dp, gpu, replace(job, reshard=False))
+    return _plan(c, tp, pp, dp, gpu, job)
+
+
+def _plan(c: DecoderConfig, tp: int, pp: int, dp: int, gpu: GPU, job: Job) -> Plan:
     stages = Stages(c.num_hidden_layers, pp, job.interleave if pp > 1 else 1)
     per_rank = [memory_of_rank(c, stages, rank, tp, dp, job) for rank in range(pp)]
     fullest = max(per_rank, key=peak_of)
     peak = peak_of(fullest)
     waits = bubble(pp, stages.interleave, micro_batches(job, pp, dp)) if pp > 1 else 0.0
     seconds = step_seconds(c, tp, pp, dp, gpu, job, waits)
-    return Plan(tp, pp, dp, fullest, peak, peak <= gpu.memory * (1 - gpu.reserve), waits, seconds)
+    fits = peak <= gpu.memory * (1 - gpu.reserve)
+    return Plan(tp, pp, dp, fullest, peak, fits, waits, seconds, job.reshard)
 
 
 def micro_batches(job: Job, pp: int, dp: int) -> int:
@@ -181,10 +192,11 @@ def memory_of_rank(c: DecoderConfig, stages: Stages, rank: int, tp: int, dp: int
     # at the step: the share's gradients beside all of them, and one bucket packed; while adding up: one raw gradient
     exchange = 4.0 * own / dp + 4 * bucket * (1 + job.gloo) if dp > 1 else 0.0
     raw = s * max(w.largest for w in learning) if s != 4 else 0
-    sequences = min(job.max_sequences, math.ceil(job.completions / (pp * dp)))
+    sequences = min(job.max_sequences, math.ceil(job.completions / (dp * (pp if job.reshard else 1))))
     context = job.prompt_tokens + job.completion_tokens
     d, kv = c.head_dim, c.num_key_value_heads // tp
-    position = c.num_hidden_layers * kv * (d + 16 * math.ceil(d / 16)) * s
+    fullest = max(sum(map(len, stages.of_rank(r))) for r in range(pp))
+    position = (c.num_hidden_layers if job.reshard else fullest) * kv * (d + 16 * math.ceil(d / 16)) * s
     whole = weights_of_rank(c, Stages(c.num_hidden_layers), 0, tp).total
     return {
         "weights": float(s * sum(w.total for w in held)),
@@ -193,7 +205,7 @@ def memory_of_rank(c: DecoderConfig, stages: Stages, rank: int, tp: int, dp: int
         "buffers": float(max(exchange, raw)),
         "activations": activations(c, stages, rank, tp, dp, job),
         "engine": float(min(sequences * (context + 16) * position, 2**31)) if job.generates else 0.0,
-        "refit": float(s * max(whole - policy.total, 0)) if job.generates and pp > 1 else 0.0,
+        "refit": float(s * max(whole - policy.total, 0)) if job.generates and pp > 1 and job.reshard else 0.0,
     }
 
 
@@ -270,7 +282,7 @@ def step_seconds(c: DecoderConfig, tp: int, pp: int, dp: int, gpu: GPU, job: Job
     total = (busy + exchange) / (1 - waits) + reduce
     if not job.generates:
         return total
-    replicas = pp * dp
+    replicas = pp * dp if job.reshard else dp
     sequences = math.ceil(job.completions / replicas)
     batch = min(sequences, job.max_sequences)
     position = 2 * c.num_hidden_layers * c.num_key_value_heads // tp * c.head_dim * job.itemsize
@@ -279,5 +291,5 @@ def step_seconds(c: DecoderConfig, tp: int, pp: int, dp: int, gpu: GPU, job: Job
     product = 2 * weights * batch / tp / (gpu.flops * gpu.mfu)
     one = max(read, product) + (2 * c.num_hidden_layers * gpu.latency if tp > 1 else 0.0)
     prefill = 2 * weights * sequences * job.prompt_tokens / tp / (gpu.flops * gpu.mfu)
-    refit = 2 * weights * job.itemsize / tp / (gpu.network * gpu.reach) if pp > 1 else 0.0
+    refit = 2 * weights * job.itemsize / tp / (gpu.network * gpu.reach) if pp > 1 and job.reshard else 0.0
     return total + prefill + refit + one * job.completion_tokens * math.ceil(sequences / job.max_sequences)

@@ -12,12 +12,14 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...models.checkpoint import load_weights
 from ...models.decoder import Decoder
 from ...ops import sample
 from ...ops.paged_attention import BLOCK
+from ...parallel import pipeline
 from ...parallel.collectives import gather_last
 from ...seeds import GOLDEN, mix
 from ..engine import Completion, Finished, GenerationStats, Sampling
@@ -34,8 +36,8 @@ class EmbeddedEngine:
     """Generates with `model` in this process; it shares the parameters, so there is nothing to update after a step.
 
     Args:
-        model: on any device, whole but for its tp shards. With tp every process of the group makes the same calls and gets
-            the same completions.
+        model: on any device. With tp or a pipeline every process of the model makes the same calls and gets the same
+            completions; through a pipeline a token goes from stage to stage, one at work at a time.
         tokenizer: anything with decode(); only stop strings need it.
         max_sequences: how many are in the batch at once.
         max_batch_tokens: the most tokens through the model at once: longer prompts go in chunks.
@@ -52,8 +54,6 @@ class EmbeddedEngine:
                 raise ValueError(f"{name}: expected >= 1, got {value}")
         if cache_tokens is not None and cache_tokens < BLOCK:
             raise ValueError(f"cache_tokens: expected >= {BLOCK}, got {cache_tokens}")
-        if model.stages.count > 1:
-            raise ValueError(f"model: expected all layers in one process, got {model.stages.count} pipeline stages")
         self.model, self.tokenizer = model, tokenizer
         self.max_sequences, self.max_batch_tokens = max_sequences, max_batch_tokens
         self.cache_tokens = cache_tokens
@@ -191,9 +191,41 @@ class EmbeddedEngine:
         )  # fmt: skip
         tokens += [0] * (-len(tokens) % _ROWS)
         with self.model.all_rows():
-            return self.model(torch.tensor(tokens, device=device), context)
+            return self._through(torch.tensor(tokens, device=device), context)
+
+    def _through(self, tokens: Tensor, context: Paged) -> Tensor:
+        """The hidden states; in a pipeline its last stage's, of which the others know nothing."""
+        model = self.model
+        if model.stages.count == 1:
+            return model(tokens, context)
+        made = tokens.new_empty(0)
+
+        def empty(_: int) -> Tensor:
+            return torch.empty(tokens.shape[0], model.config.hidden_size, dtype=model.dtype, device=tokens.device)
+
+        def last(_: int, hidden: Tensor) -> None:
+            nonlocal made
+            made = hidden
+
+        pipeline.run(
+            model.groups, model.stages.interleave, 1, empty=empty,
+            forward=lambda chunk, _, rows: model.stage(chunk, tokens if rows is None else rows, context),
+            last=last, backward=False,
+        )  # fmt: skip
+        return made
 
     def _draw(self, hidden: Tensor, drawing: list[Sequence], rows: list[int]) -> tuple[list[int], list[float]]:
+        pp = self.model.groups.pp
+        if pp.size == 1:
+            tokens, logprobs = self._drawn(hidden, drawing, rows)
+            return tokens.tolist(), logprobs.tolist()
+        told = torch.empty(2, len(drawing), dtype=torch.float64, device=self.model.device)  # holds token ids exactly
+        if pp.last:
+            told = torch.stack([t.double() for t in self._drawn(hidden, drawing, rows)])
+        dist.broadcast(told, src=pp.ranks[-1], group=pp.group)
+        return told[0].long().tolist(), told[1].tolist()
+
+    def _drawn(self, hidden: Tensor, drawing: list[Sequence], rows: list[int]) -> tuple[Tensor, Tensor]:
         count = len(drawing)
         distinct = sorted(set(rows))
         at = {row: i for i, row in enumerate(distinct)}
@@ -210,7 +242,7 @@ class EmbeddedEngine:
             seed=base + drawn * _STRIDE, backend=None if logits.is_cpu else "reference",
         )  # fmt: skip
         assert out.logprobs is not None
-        return out.tokens.tolist(), out.logprobs.tolist()
+        return out.tokens, out.logprobs
 
     def _ends(self, sequence: Sequence, token: int) -> str:
         sampling = sequence.sampling

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...parallel import ParallelGroups
+from ...parallel.groups import Axis
 from ..engine import Completion, Finished, GenerationStats, Sampling
 from .engine import EmbeddedEngine
 from .reshard import Resharded
@@ -64,14 +65,15 @@ class Queue:
     the rest each takes the next whenever one of its own has ended. Every process of a replica gets the same.
 
     Args:
+        within: the axes over which one replica is spread.
         take: n -> the place of the first of the next n in one count of all replicas.
     """
 
     def __init__(
-        self, shares: Sequence[Share], groups: ParallelGroups, replica: int, replicas: int, most: int,
+        self, shares: Sequence[Share], within: Sequence[Axis], replica: int, replicas: int, most: int,
         take: Callable[[int], int],
     ) -> None:  # fmt: skip
-        self.groups, self._take = groups, take
+        self.within, self._take = within, take
         dealt = min(most, max(1, int(len(shares) * HEAD_START / replicas))) * replicas
         self._first: list[Share] | None = list(shares[:dealt][replica::replicas])
         self._rest = shares[dealt:]
@@ -91,13 +93,13 @@ class Queue:
 
     def _next(self, count: int) -> int:
         """Taken once for the replica, by its first process."""
-        tp = self.groups.tp
-        at = self._take(count) if tp.first else 0
-        if tp.size == 1:
-            return at
-        told = torch.tensor([at], dtype=torch.int64, device=_device(tp.group))
-        dist.broadcast(told, src=tp.ranks[0], group=tp.group)
-        return int(told)
+        at = self._take(count) if all(axis.first for axis in self.within) else 0
+        for axis in self.within:
+            if axis.size > 1:
+                told = torch.tensor([at], dtype=torch.int64, device=_device(axis.group))
+                dist.broadcast(told, src=axis.ranks[0], group=axis.group)
+                at = int(told)
+        return at
 
 
 class Fleet:
@@ -148,20 +150,20 @@ class Fleet:
             yield from (Finished(i, sample, completion) for sample, completion in enumerate(drawn))
 
     def _work(self, prompts: Sequence[Sequence[int]], n: int) -> Work:
-        replica, replicas = self.groups.replicas.rank, self.groups.replicas.size
+        replica, replicas = self.resharded.replicas.rank, self.resharded.replicas.size
         if not self.balance or replicas == 1:
             return given(Share(i, 0, n) for i in range(replica, len(prompts), replicas))
         store = dist.distributed_c10d.PrefixStore("fastrlhf/queue", dist.distributed_c10d._get_default_store())
         key = str(next(_QUEUES))
         shares = longest_first(prompts, n, self.expected)
-        return Queue(
-            shares, self.groups, replica, replicas, self.engine.max_sequences, lambda count: store.add(key, count) - count
-        )
+        staged = self.resharded.decoder.groups.pp
+        within = (staged, self.groups.tp)
+        return Queue(shares, within, replica, replicas, self.engine.max_sequences, lambda count: store.add(key, count) - count)
 
     def _everyones(
         self, found: dict[tuple[int, int], Completion], seconds: float, prompts: Sequence[Sequence[int]], n: int
     ) -> list[list[Completion]]:
-        axis = self.groups.replicas
+        axis = self.resharded.replicas
         parts: list[Any] = [(found, seconds, self.engine.stats)]
         if axis.size > 1:
             parts = [None] * axis.size

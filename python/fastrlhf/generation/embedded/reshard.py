@@ -27,14 +27,17 @@ class _Held(NamedTuple):
 
 class Resharded:
     """`decoder`: all layers, cut by tp only. It shares this process's own stages with `model`; the others' weights take
-    memory within `gathered` only. Without a pipeline it is the model itself.
+    memory within `gathered` only. Without a pipeline, or where that is not wanted, it is the model itself.
+
+    Args:
+        wanted: False leaves the layers where they are: generation then goes through the stages.
     """
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, wanted: bool = True) -> None:
         self.model, self.decoder = model, model
         self._held: list[_Held] = []
         pp = model.groups.pp
-        if pp.size == 1:
+        if pp.size == 1 or not wanted:
             return
         groups = replace(model.groups, pp=Axis())
         self.decoder = whole = Decoder(model.config, groups=groups, head=model.has_head, device="meta", dtype=model.dtype)
@@ -61,6 +64,11 @@ class Resharded:
         yield "norm", stages.count - 1
         if self.decoder.lm_head is not None:
             yield "lm_head", stages.count - 1
+
+    @property
+    def replicas(self) -> Axis:
+        """The processes that draw different completions, each for its tp rank (and stage)."""
+        return self.model.groups.dp if self.decoder is self.model else self.model.groups.replicas
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
