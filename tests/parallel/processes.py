@@ -86,12 +86,13 @@ def _work(rank: int, world: int, directory: str, work: Callable[..., Any], argum
 
 
 def launch(
-    world: int, words: list[str], directory: Path, kill: tuple[int, int, str] | None = None, timeout: float = 120
+    world: int, words: list[str], directory: Path, kill: tuple[int, int, str, str] | None = None, timeout: float = 120
 ) -> list[tuple[int, str]]:
     """The exit status and standard error of each of `world` processes of the command `fastrlhf`.
 
     Args:
-        kill: (rank, step, phase): the process that is killed with SIGKILL when it comes to that phase of that step.
+        kill: (rank, step, phase, how): what becomes of a process when it comes to that phase of that step: "SIGKILL",
+            "SIGSTOP" (it stays, and does nothing more), or "raise", an error of its own.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -105,8 +106,11 @@ def launch(
     for process in started:
         process.start()
     end = time.monotonic() + timeout
-    for process in started:
-        process.join(max(0.0, end - time.monotonic()))
+    stopped = [kill[0]] if kill is not None and kill[3] == "SIGSTOP" else []
+    for rank in [r for r in range(world) if r not in stopped] + stopped:
+        if rank in stopped:
+            started[rank].kill()
+        started[rank].join(max(0.0, end - time.monotonic()))
     stuck = [rank for rank, process in enumerate(started) if process.exitcode is None]
     for rank in stuck:
         started[rank].kill()
@@ -116,7 +120,7 @@ def launch(
     return [(int(process.exitcode or 0), text) for process, text in zip(started, texts, strict=True)]
 
 
-def _command(rank: int, world: int, port: int, words: list[str], log: str, kill: tuple[int, int, str] | None) -> None:
+def _command(rank: int, world: int, port: int, words: list[str], log: str, kill: tuple[int, int, str, str] | None) -> None:
     sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115  # for the life of the process
     os.dup2(sys.stderr.fileno(), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -126,14 +130,14 @@ def _command(rank: int, world: int, port: int, words: list[str], log: str, kill:
         "MASTER_PORT": str(port),
     }  # fmt: skip
     if kill is not None and kill[0] == rank:
-        _die_at(kill[1], kill[2])
+        _die_at(*kill[1:])
     from fastrlhf.cli.main import main
 
     sys.exit(main(words))
 
 
-def _die_at(step: int, phase: str) -> None:
-    """Puts a kill into the progress of this process."""
+def _die_at(step: int, phase: str, how: str) -> None:
+    """Puts an end into the progress of this process."""
     at = 0
     silent, advance = Silent.phase, loop.rng_tensors
 
@@ -145,10 +149,17 @@ def _die_at(step: int, phase: str) -> None:
     @contextmanager
     def watched(self: Silent, name: str, total: float | None = None) -> Iterator[Any]:
         if at >= step and name == phase:
-            os.kill(os.getpid(), signal.SIGKILL)
+            if how == "raise":
+                raise RuntimeError("an error of its own")
+            os.kill(os.getpid(), getattr(signal, how))
         with silent(self, name, total) as inner:
             yield inner
 
     loop.rng_tensors = count  # type: ignore[assignment]
     Silent.phase = watched  # type: ignore[method-assign]
     Console.phase = watched  # type: ignore[method-assign]
+
+
+def refuses(prompts: list[str], completions: list[str], **fields: Any) -> list[float]:
+    """A reward function that fails."""
+    raise ValueError(f"no reward for {len(completions)} completions")

@@ -98,16 +98,18 @@ def test_the_export_is_that_of_one_process(files: tuple[str, dict[str, str]], la
 
 
 def killed_then_resumed(
-    files: tuple[str, dict[str, str]], alone: Path, directory: Path, layout: str, victim: int, phase: str
+    files: tuple[str, dict[str, str]], alone: Path, directory: Path, layout: str, victim: int, phase: str, how: str = "SIGKILL"
 ) -> None:
     step = 4 if phase == "export" else 2
     world = LAYOUTS[layout][0]
     run_directory = directory / "run"
     run_directory.mkdir()
-    begun = launch(world, words(files, run_directory, layout, "--parallel.silence", "3"), directory, kill=(victim, step, phase))
+    begun = launch(
+        world, words(files, run_directory, layout, "--parallel.silence", "3"), directory, kill=(victim, step, phase, how)
+    )
     for rank, (status, text) in enumerate(begun):
         if rank == victim:
-            assert status == -9
+            assert status == -9 or how == "raise"
         else:
             assert status not in (0, -9) and f"rank {victim} (" in text, (rank, status, text)
     run(files, run_directory, layout, "--run.resume", "auto")
@@ -123,3 +125,15 @@ def test_a_process_that_dies_is_named_by_all_others(files: tuple[str, dict[str, 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_kill_in_any_phase(files: tuple[str, dict[str, str]], alone: Path, tmp_path: Path, phase: str, victim: int) -> None:
     killed_then_resumed(files, alone, tmp_path, "dp2" if PHASES.index(phase) % 2 else "tp2", victim, phase)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGSTOP", "raise"])
+def test_a_process_that_stops_or_fails_alone(files: tuple[str, dict[str, str]], alone: Path, tmp_path: Path, how: str) -> None:
+    killed_then_resumed(files, alone, tmp_path, "dp2", 1, "policy", how)
+
+
+def test_an_error_of_a_reward_is_everyones(files: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    rewards = ["--rewards", '[{"function": "tests.parallel.processes:refuses"}]']
+    for status, text in launch(2, words(files, tmp_path / "run", "tp2", *rewards), tmp_path):
+        assert status == 2 and "reward 'refuses': the function raised ValueError: no reward for 5 completions" in text

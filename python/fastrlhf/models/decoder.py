@@ -134,6 +134,9 @@ class Layers(nn.ModuleList):
     def add(self, number: int, layer: Layer) -> None:
         self._modules[str(number)] = layer
 
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self._modules.values())  # type: ignore[arg-type]
+
     def __getitem__(self, number: int) -> Layer:  # type: ignore[override]
         return list(self)[number] if number < 0 else self._modules[str(number)]  # type: ignore[return-value]
 
