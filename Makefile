@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 SOURCES := $(shell find src kernels python cmake -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake') CMakeLists.txt pyproject.toml
 
-.PHONY: quickstart test slow-test parallel-test gpu-kernel-test triton-test cuda-host-test ahead-of-time peers lint bench gpu-check wheel clean
+.PHONY: quickstart test slow-test parallel-test gpu-kernel-test triton-test cuda-host-test ahead-of-time peers host-runs lint bench gpu-check wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/fastrlhf chain examples/arithmetic/chain.yaml --directory build/quickstart
@@ -78,7 +78,12 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES) $(shell find python kernels -name 
 $(VENV)/.peers: $(VENV)/.installed
 	$(PIP) install verl uvicorn fastapi cachetools pyzmq msgspec
 	$(PIP) install trl
+	$(PIP) install --no-deps --target $(VENV)/openrlhf openrlhf==0.11.2  # beside the environment: it has a package "tests"
 	touch $@
+
+# Training runs of TRL and verl as they are and with ours in their place: the same metrics?
+host-runs: $(VENV)/.peers
+	$(BIN)/python -m bench.hosts --out build/hosts.json
 
 $(VENV)/.lint: $(VENV)/.installed
 	$(PIP) install '.[lint]' -Cbuild-dir=build/make

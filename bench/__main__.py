@@ -13,13 +13,27 @@ from typing import Any
 
 import torch
 
-from . import bars, call_cost, gae, gpu, gpu_cases, kl, logprobs, masked_stats, policy_loss, report, sampling, tune
+from . import (
+    bars,
+    call_cost,
+    gae,
+    gpu,
+    gpu_cases,
+    kl,
+    linear_logprobs,
+    logprobs,
+    masked_stats,
+    policy_loss,
+    report,
+    sampling,
+    tune,
+)
 from .floor import ceilings
 from .harness import OURS, measure, quiet
 
 SUITES = {
-    "call_cost": call_cost, "logprobs": logprobs, "kl": kl, "gae": gae, "masked_stats": masked_stats,
-    "policy_loss": policy_loss, "sampling": sampling,
+    "call_cost": call_cost, "logprobs": logprobs, "linear_logprobs": linear_logprobs, "kl": kl, "gae": gae,
+    "masked_stats": masked_stats, "policy_loss": policy_loss, "sampling": sampling,
 }  # fmt: skip
 
 

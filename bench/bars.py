@@ -14,6 +14,7 @@ from typing import Any
 from .harness import OURS
 
 LOGITS = ("8192x128256", "4096x151936")
+HEAD = "8192x128256x4096"  # rows, vocabulary, width
 GAE = ("512x4096", "128x16384", "1024x16384", "packed 2097152")
 ONE_READ = "logits_policy_loss"  # its cases hold the gradient through `logprobs` too, which reads twice
 Figure = float | None
@@ -62,6 +63,11 @@ class Measured:
         found = [r for r in self.of(op, case) if r["variant"].startswith(other)]
         return min(map(lasting, found)) / lasting(row) if row and found else None
 
+    def extra_gigabytes(self, op: str, case: str, besides: float = 0) -> Figure:
+        """How far the memory rises, `besides` bytes of results."""
+        row = self.ours(op, case)
+        return (row["peak_extra_bytes"] - besides) / 1e9 if row else None
+
     def slowest_call(self) -> Figure:
         """Microseconds, of the backend chosen when none is named."""
         found = [r["host_s"] for r in self.of("call", "") if r["variant"] == OURS]
@@ -79,13 +85,14 @@ class Bar:
     figure: Callable[[Measured], Figure]
     limit: float
     at_least: bool = True
-    unit: str = "x"  # or "%", "us"
+    unit: str = "x"  # or "%", "us", "GB"
 
     def holds(self, figure: float) -> bool:
         return figure >= self.limit if self.at_least else figure <= self.limit
 
     def show(self, figure: float) -> str:
-        return f"{figure:.0%}" if self.unit == "%" else f"{figure:.2f}x" if self.unit == "x" else f"{figure:.1f} us"
+        shown = {"%": f"{figure:.0%}", "x": f"{figure:.2f}x", "GB": f"{figure:.2f} GB"}
+        return shown.get(self.unit, f"{figure:.1f} us")
 
 
 def bars() -> list[Bar]:
@@ -111,6 +118,22 @@ def bars() -> list[Bar]:
     ]
     for d in ("forward", "reverse"):
         out.append(Bar(f"kl_full {d}: of two reads", lambda m, d=d: m.share("kl_full", d), 0.85, unit="%"))
+    head, verl = f"forward {HEAD}", "verl"
+    step, gradients = (
+        f"forward + backward {HEAD}",
+        4 * 128256 * 4096 + 2 * 8192 * 4096,
+    )  # float32 of the weight, bfloat16 of the rest
+    out += [
+        Bar(f"linear_logprobs {head}: of the bf16 matrix rate", lambda m: m.share("linear_logprobs", head), 0.85, unit="%"),
+        Bar(f"linear_logprobs {head}: verl's time", lambda m: m.times("linear_logprobs", head, verl), 2),
+        Bar(f"linear_logprobs {head}: extra memory", lambda m: m.extra_gigabytes("linear_logprobs", head), 0.5, False, "GB"),
+        Bar(f"linear_policy_loss {HEAD}, both ways: of 6NVH", lambda m: m.share("linear_policy_loss", step), 0.8, unit="%"),
+        Bar(f"linear_policy_loss {HEAD}, both ways: verl's time", lambda m: m.times("linear_policy_loss", step, verl), 2),
+        Bar(
+            f"linear_policy_loss {HEAD}, both ways: memory beyond gradients",
+            lambda m: m.extra_gigabytes("linear_policy_loss", step, gradients), 0.5, False, "GB",
+        ),
+    ]  # fmt: skip
     return [
         *out,
         Bar("call time of the slowest op, 64 tokens", lambda m: m.slowest_call(), 30, at_least=False, unit="us"),

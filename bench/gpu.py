@@ -114,6 +114,11 @@ def measure(case: Case, seconds: float, limits: dict[str, float]) -> list[dict[s
         if floor:
             row |= {"floor_bytes": floor, "GB_per_s": floor / row["median_s"] / 1e9, "ceiling_GB_per_s": ceiling / 1e9}
             row["of_floor"] = floor / ceiling / row["median_s"]
+        operations = variant.floor_operations or case.floor_operations
+        if operations:
+            rate = limits["bf16_matmul"]
+            row |= {"floor_operations": operations, "TFLOP_per_s": operations / row["median_s"] / 1e12}
+            row |= {"ceiling_TFLOP_per_s": rate / 1e12, "of_floor": operations / rate / row["median_s"]}
         row["peak_extra_bytes"] = peak_extra_bytes(variant.run)
         if exact is not None and variant.value is not None:
             value = variant.value().detach().to(exact.device).double()

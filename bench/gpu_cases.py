@@ -13,7 +13,7 @@ from fastrlhf.kernels.masked_stats import reference as stats_reference
 from fastrlhf.ops import backend as backends
 from torch import Tensor
 
-from . import call_cost, kl, logprobs, peers, policy_loss, sampling
+from . import call_cost, gpu_heads, kl, logprobs, peers, policy_loss, sampling
 from .gpu import Inputs, Rotation
 from .harness import OURS, Case, Variant, compiled
 
@@ -453,6 +453,7 @@ def calls(setting: Setting) -> Iterator[Case]:
 
 
 SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {
+    "heads": gpu_heads.forward, "head_gradients": gpu_heads.gradients, "head_losses": gpu_heads.losses,
     "scores": scores, "trained": trained, "losses_of_logits": losses_of_logits, "gae": advantages,
     "policy_loss": policy_losses, "kl_full": divergences, "calls": calls, "value_loss": value_losses,
     "experience": rollouts, "statistics": statistics_, "sample": draws,

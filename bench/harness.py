@@ -26,6 +26,7 @@ class Variant:
     run: Callable[[], Any]
     value: Callable[[], Tensor] | None = None
     floor_bytes: float | None = None  # where it differs from the case's
+    floor_operations: float | None = None
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Case:
     name: str
     variants: dict[str, Variant]
     floor_bytes: float = 0  # what must cross the memory bus at the least; 0: does not apply
+    floor_operations: float = 0  # of bfloat16 matrix products, in place of bytes; on a GPU
     oracle: Callable[[], Tensor] | None = None
     writes: bool = False  # the floor is at copy speed, not at read speed
     after: Callable[[], None] = field(default=lambda: None)  # frees the inputs

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
+
+os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"  # its own functions, not ours in their place
 
 
 def find(module: str, name: str) -> Any | None:
@@ -23,6 +26,11 @@ def verl_functional(name: str) -> Any | None:
 
 def verl_algorithm(name: str) -> Any | None:
     return find("verl.trainer.ppo.core_algos", name)
+
+
+def verl_linear_cross_entropy() -> Any | None:
+    """Triton; (hidden, weight, labels, temperature) to log-probs and entropies, differentiable."""
+    return find("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
 
 
 def liger_cross_entropy() -> Any | None:

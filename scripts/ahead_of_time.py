@@ -97,6 +97,14 @@ def logprobs() -> None:
     logprobs_kernels.combine(rows.long(), None, zeros(4, 4, 4), **shard, **results)
 
 
+def linear_logprobs() -> None:
+    for dtype, vocab, width in itertools.product(FLOATS, (128256, 50257), (4096, 1000)):
+        f.linear_logprobs(leaf(2, width, dtype=dtype), zeros(vocab, width, dtype=dtype), zeros(2, dtype=torch.int64))
+    h, w = zeros(2, 1024, dtype=torch.bfloat16), zeros(32000, 1024, dtype=torch.bfloat16)
+    f.linear_logprobs(h, w, zeros(2, dtype=torch.int64), bias=w[:, 0].contiguous(), softcap=30.0)
+    f.linear_logprobs(h, w, zeros(2, dtype=torch.int32), temperature=torch.ones(2), entropy=True)
+
+
 def kl() -> None:
     for kind in ("k1", "abs", "k2", "k3"):
         backward(f.kl(leaf(4096), zeros(4096), kind=kind))
@@ -244,7 +252,8 @@ def sampling() -> None:
 CASES: dict[str, Callable[[], None]] = {
     c.__name__: c
     for c in (
-        logprobs, kl, kl_full, gae, group_advantages, masked_stats, policy_loss, value_loss, preference_loss, sampling,
+        logprobs, linear_logprobs, kl, kl_full, gae, group_advantages, masked_stats, policy_loss, value_loss, preference_loss,
+        sampling,
     )
 }  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""What Triton 3.6's interpreter does otherwise than a GPU, put right for the tests: it truncates float32 to bfloat16,
-under numpy 2.4 it takes no loop bound from a tensor, and it scans an element at a time."""
+"""What Triton 3.6's interpreter does otherwise than a GPU, put right for the tests: it truncates float32 to bfloat16, multiplies
+matrices of bfloat16 by their bits, under numpy 2.4 takes no loop bound from a tensor, and scans an element at a time."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def _cast(self: Any, source: Any, target_type: Any) -> Any:
     return interpreter.TensorHandle(data.astype(interpreter._get_np_dtype(target_type)), target_type)
 
 
+def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    a, b = (_cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    return interpreter.TensorHandle(np.matmul(a.data, b.data, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+
 def _scan(self: Any, inputs: Any) -> list[Any]:
     """In log2(n) steps of all elements at once, as a GPU does."""
     data = [x.handle.data for x in inputs]
@@ -45,6 +50,7 @@ def _scan(self: Any, inputs: Any) -> list[Any]:
 @functools.cache
 def repair() -> None:
     interpreter.InterpreterBuilder.cast_impl = _cast
+    interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.ScanOps.generic_scan = _scan
     patch = interpreter._patch_lang_tensor
 

@@ -38,7 +38,7 @@ def test_an_unknown_instruction_set_is_an_error():
 
 
 def test_the_environment_chooses_a_backend():
-    program = "import sys, fastrlhf, torch; sys.modules['fastrlhf.ops.logprobs'].native = None; print(fastrlhf.logprobs(torch.zeros(1, 4), torch.tensor([1])).logprobs.item())"
+    program = "import sys, fastrlhf.ops, torch; sys.modules['fastrlhf.ops.logprobs'].native = None; print(fastrlhf.logprobs(torch.zeros(1, 4), torch.tensor([1])).logprobs.item())"
     assert python(program, FASTRLHF_BACKEND="reference").returncode == 0
     assert python(program).returncode != 0
     assert "FASTRLHF_BACKEND" in python(program, FASTRLHF_BACKEND="fast").stderr

@@ -5,50 +5,10 @@
 #include "common/online_softmax.h"
 #include "csrc/scratch.h"
 #include "csrc/threads.h"
+#include "row.h"
 
 namespace fastrlhf { namespace FASTRLHF_ISA {
 namespace {
-
-int64_t label_at(const LogprobsArgs& a, int64_t row, int64_t k) {
-  const int64_t i = row * a.labels_per_row + k;
-  return a.label_dtype == DType::i32 ? static_cast<const int32_t*>(a.labels)[i] : static_cast<const int64_t*>(a.labels)[i];
-}
-
-bool ignored(const LogprobsArgs& a, int64_t row) {
-  for (int64_t k = 0; k < a.labels_per_row; ++k)
-    if (label_at(a, row, k) != a.ignore_index) return false;
-  return true;
-}
-
-double scale_of(const LogprobsArgs& a, int64_t row) { return 1 / (a.temperatures ? a.temperatures[row] : a.temperature); }
-
-// The columns of a row that a CSR kept set names, and its labels, once each, in rising order.
-int64_t kept_columns(const LogprobsArgs& a, int64_t row, int64_t* columns) {
-  int64_t n = 0;
-  auto add = [&](int64_t id) {
-    id -= a.vocab_start;
-    if (id < 0 || id >= a.vocab) return;
-    int64_t at = n;  // sets arrive sorted: the search ends at once
-    while (at > 0 && columns[at - 1] > id) --at;
-    if (at > 0 && columns[at - 1] == id) return;
-    for (int64_t i = n; i > at; --i) columns[i] = columns[i - 1];
-    columns[at] = id;
-    ++n;
-  };
-  for (int64_t i = a.kept_indptr[row]; i < a.kept_indptr[row + 1]; ++i) add(a.kept_indices[i]);
-  for (int64_t k = 0; k < a.labels_per_row; ++k) {
-    const int64_t y = label_at(a, row, k);
-    if (y != a.ignore_index) add(y);
-  }
-  return n;
-}
-
-int64_t most_kept(const LogprobsArgs& a) {
-  int64_t most = 0;
-  if (a.kept_indptr)
-    for (int64_t r = 0; r < a.rows; ++r) most = std::max(most, a.kept_indptr[r + 1] - a.kept_indptr[r]);
-  return most + a.labels_per_row;
-}
 
 // Labels stay in a kept set given as a mask, whatever the mask says of them.
 template <class S, class T>
@@ -98,27 +58,6 @@ RowStats<T> row_stats(const LogprobsArgs& a, int64_t row, const S* x, double sca
   return stats;
 }
 
-// What a row's statistics say of its labels; z: the (soft-capped) label logits, -inf where another rank holds them.
-// Inlined, which takes 10 ns from a short row's 55.
-template <class T>
-[[gnu::always_inline]] inline void write_row_results(const LogprobsArgs& a, int64_t row, double scale, T max_, double sum_, double weighted, const T* z) {
-  const double log_sum = log_of_sum(sum_);
-  for (int64_t k = 0; k < a.labels_per_row; ++k)
-    static_cast<T*>(a.logprobs)[row * a.labels_per_row + k] = label_at(a, row, k) == a.ignore_index
-        ? T(0) : static_cast<T>(logprob_of(z[k], max_, scale, log_sum));
-  if (a.entropies) static_cast<T*>(a.entropies)[row] = static_cast<T>(entropy_of(log_sum, weighted, sum_));
-  if (a.lse) static_cast<T*>(a.lse)[row] = static_cast<T>(max_ * scale + log_sum);
-  if (a.max) static_cast<T*>(a.max)[row] = max_;
-  if (a.log_sum) static_cast<T*>(a.log_sum)[row] = static_cast<T>(log_sum);
-}
-
-template <class T>
-void write_ignored_row(const LogprobsArgs& a, int64_t row) {
-  for (int64_t k = 0; k < a.labels_per_row; ++k) static_cast<T*>(a.logprobs)[row * a.labels_per_row + k] = 0;
-  for (void* p : {a.entropies, a.lse, a.max, a.log_sum})
-    if (p) static_cast<T*>(p)[row] = 0;
-}
-
 template <class S>
 void forward(const LogprobsArgs& a) {
   using T = typename ComputeOf<S>::type;
@@ -147,12 +86,8 @@ void forward(const LogprobsArgs& a) {
       z[k] = id == a.ignore_index || y < 0 || y >= a.vocab ? static_cast<T>(-INFINITY)
                                                            : soft_capped(to_compute(x[y]), a.softcap);
     }
-    if (!a.partial) return write_row_results<T>(a, row, scale, stats.max, stats.sum, stats.weighted, z);
-    T* out = static_cast<T*>(a.partials) + row * width;
-    out[0] = stats.max;
-    out[1] = static_cast<T>(stats.sum);
-    out[2] = static_cast<T>(stats.weighted);
-    for (int64_t k = 0; k < a.labels_per_row; ++k) out[3 + k] = z[k];
+    if (a.partial) write_partials<T>(a, row, stats, z);
+    else write_row_results<T>(a, row, scale, stats.max, stats.sum, stats.weighted, z);
   });
 }
 
@@ -163,26 +98,9 @@ void combine(const LogprobsCombineArgs& c) {
   Scratch<T> label_logits(a.labels_per_row);
   for (int64_t row = 0; row < a.rows; ++row) {
     if (ignored(a, row)) { write_ignored_row<T>(a, row); continue; }
-    auto at = [&](int64_t rank) { return static_cast<const T*>(c.partials) + (rank * a.rows + row) * width; };
+    auto at = [&](int64_t rank, int64_t i) { return static_cast<const T*>(c.partials)[(rank * a.rows + row) * width + i]; };
     const double scale = scale_of(a, row);
-    RowStats<T> all;
-    for (int64_t k = 0; k < a.labels_per_row; ++k) label_logits[k] = static_cast<T>(-INFINITY);
-    for (int64_t rank = 0; rank < c.ranks; ++rank) {
-      const T* p = at(rank);
-      RowStats<T> one;
-      one.max = p[0], one.sum = p[1], one.weighted = p[2];
-      one.reference = one.max;
-      if (one.max > all.max) {
-        all.max = one.max;
-        all.move(one.max, scale);
-      } else {
-        one.move(all.reference, scale);
-      }
-      all.sum += one.sum;
-      all.weighted += one.weighted;
-      for (int64_t k = 0; k < a.labels_per_row; ++k)
-        if (!(p[3 + k] <= label_logits[k])) label_logits[k] = p[3 + k];
-    }
+    const RowStats<T> all = merged<T>(at, c.ranks, a.labels_per_row, scale, label_logits.get());
     write_row_results<T>(a, row, scale, all.max, all.sum, all.weighted, label_logits.get());
   }
 }

@@ -77,21 +77,35 @@ __global__ void __launch_bounds__(most_threads, 1) forward_kernel(LogprobsArgs a
   }
 }
 
-// One row a warp.
+// One row a warp. The lanes take the parts in turn, then the lanes are merged by halving: a vocabulary may come in more than a hundred
+// parts (linear_logprobs), and an exponential in double precision for each of them takes its time.
 __global__ void __launch_bounds__(32) combine_kernel(LogprobsCombineArgs c) {
   const LogprobsArgs& a = c.forward;
   const int64_t row = blockIdx.x, width = 3 + a.labels_per_row;
   if (row_ignored(a, row)) return write_ignored_row(a, row);
   const float* partials = static_cast<const float*>(c.partials) + row * width;
   const int64_t rank_stride = a.rows * width;
+  const double scale = scale_of(a, row);
   RowTotals all;
-  for (int64_t rank = 0; rank < c.ranks; ++rank) {
+  float label = -INFINITY;  // the first
+  for (int64_t rank = lane_id(); rank < c.ranks; rank += 32) {
     const float* p = partials + rank * rank_stride;
     RowTotals one;
     one.max = p[0], one.sum = p[1], one.weighted = p[2];
-    all.merge(one, scale_of(a, row));
+    all.merge(one, scale);
+    if (!(p[3] <= label)) label = p[3];
   }
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    RowTotals other;
+    other.max = __shfl_xor_sync(all_lanes, all.max, distance);
+    other.sum = __shfl_xor_sync(all_lanes, all.sum, distance);
+    other.weighted = __shfl_xor_sync(all_lanes, all.weighted, distance);
+    all.merge(other, scale);
+  }
+  label = warp_reduce(label, [](float x, float y) { return !(y <= x) ? y : x; });
   write_row(a, row, all, [&](int64_t k) {
+    if (k == 0) return label;
     float z = -INFINITY;
     for (int64_t rank = 0; rank < c.ranks; ++rank) {
       const float other = partials[rank * rank_stride + 3 + k];

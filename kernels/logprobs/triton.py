@@ -30,7 +30,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _soft_capped(x, softcap, CAPPED: tl.constexpr):
+def soft_capped(x, softcap, CAPPED: tl.constexpr):
     if CAPPED:
         x = softcap * _tanh(x * (1 / softcap))
     return x
@@ -46,7 +46,7 @@ def _scale(temperatures, row, scale):
 @triton.jit
 def _tile(logits, columns, vocab, softcap, CAPPED: tl.constexpr, TAIL: tl.constexpr):
     """A tile of a row as float32, soft-capped; -inf past its end."""
-    x = _soft_capped(load_tile(logits, columns, vocab, TAIL), softcap, CAPPED)
+    x = soft_capped(load_tile(logits, columns, vocab, TAIL), softcap, CAPPED)
     if CAPPED and TAIL:
         x = tl.where(columns < vocab, x, float("-inf"))
     return x
@@ -64,7 +64,7 @@ def _kept_tile(kept, columns, vocab, TAIL: tl.constexpr):
 def _gather(logits, column, here, softcap, CAPPED: tl.constexpr):
     """Logits as float32, soft-capped; -inf where `here` is not."""
     x = tl.load(logits + column, mask=here, other=float("-inf")).to(tl.float32)
-    return tl.where(here, _soft_capped(x, softcap, CAPPED), float("-inf"))
+    return tl.where(here, soft_capped(x, softcap, CAPPED), float("-inf"))
 
 
 @triton.jit

@@ -59,6 +59,7 @@ template <class T = void>
 inline T* pointer(uintptr_t p) { return reinterpret_cast<T*>(p); }
 
 void bind_logprobs(py::module_& m);
+void bind_linear(py::module_& m);
 void bind_rollout(py::module_& m);
 void bind_losses(py::module_& m);
 void bind_sampling(py::module_& m);

@@ -9,10 +9,12 @@
 
 #include <string>
 
+#include "bind_linear_cuda_args.h"
 #include "bind_logprobs_args.h"
 #include "bind_rollout_args.h"
 #include "bind_losses_args.h"
 #include "gae/cuda.h"
+#include "linear_logprobs/cuda_sm90.h"
 #include "logprobs/cuda.h"
 #include "logprobs/one_read.h"
 #include "masked_stats/cuda.h"
@@ -164,6 +166,39 @@ bool compiled_for(int major, int minor) {
   return false;
 }
 
+#if defined(FASTRLHF_SM90)
+constexpr bool sm90 = true;
+
+void bind_sm90(py::module_& m) {
+  m.def("linear_logprobs_partials", [](const py::tuple& hidden, const py::tuple& weight, const py::tuple& shape, const py::tuple& labels,
+                                       const py::tuple& scaling, const py::tuple& bias, uintptr_t partials, uintptr_t stream) {
+    check(cuda::linear_logprobs_partials(linear_logprobs_partials_args(hidden, weight, shape, labels, scaling, bias, partials), on(stream)));
+  });
+  m.def("linear_logprobs_strip_gradient", [](const py::tuple& hidden, const py::tuple& weight, const py::tuple& shape, const py::tuple& labels,
+                                             const py::tuple& scaling, const py::tuple& bias, const py::tuple& statistics, const py::tuple& grads,
+                                             const py::tuple& grad, uintptr_t stream) {
+    check(cuda::linear_logprobs_strip_gradient(
+        linear_logprobs_gradient_args(hidden, weight, shape, labels, scaling, bias, statistics, grads, grad), on(stream)));
+  });
+  m.def("linear_logprobs_exponentials", [](const py::tuple& hidden, const py::tuple& weight, const py::tuple& shape, const py::tuple& labels,
+                                           const py::tuple& scaling, const py::tuple& bias, uintptr_t partials, const py::tuple& exponentials,
+                                           uintptr_t references, uintptr_t stream) {
+    const LinearLogprobsArgs a = linear_logprobs_partials_args(hidden, weight, shape, labels, scaling, bias, partials);
+    check(cuda::linear_logprobs_exponentials(linear_logprobs_exponentials_args(a, exponentials, references), on(stream)));
+  });
+  m.def("linear_logprobs_exponentials_to_gradient", [](const py::tuple& shape, const py::tuple& labels, const py::tuple& scaling,
+                                                       const py::tuple& statistics, const py::tuple& grads, const py::tuple& exponentials,
+                                                       uintptr_t references, uintptr_t stream) {
+    check(cuda::linear_logprobs_exponentials_to_gradient(
+        exponentials_to_gradient_args(shape, labels, scaling, statistics, grads, exponentials, references), on(stream)));
+  });
+}
+#else
+constexpr bool sm90 = false;
+
+void bind_sm90(py::module_&) {}
+#endif
+
 }  // namespace
 }  // namespace fastrlhf
 
@@ -180,5 +215,16 @@ PYBIND11_MODULE(FASTRLHF_CUDA_MODULE, m) {
 #endif
   m.attr("architectures") = FASTRLHF_TEXT(FASTRLHF_CUDA_ARCH_LIST);
   m.def("compiled_for", fastrlhf::compiled_for, "Whether a device of compute capability (major, minor) can run these kernels.");
+  m.def("has_linear_logprobs", [](int major, int minor) {
+#if defined(FASTRLHF_CUDA_HOST)
+    (void)major, (void)minor;
+    return fastrlhf::sm90;
+#else
+    return fastrlhf::sm90 && major == 9 && minor == 0;
+#endif
+  }, "Whether this build has linear_logprobs_partials and linear_logprobs_strip_gradient for a device of compute capability (major, minor).");
+  m.def("linear_logprobs_parts", [](int64_t vocab) { return fastrlhf::VocabSplit(vocab).parts; },
+        "How many parts of a vocabulary linear_logprobs_partials keeps apart.");
   fastrlhf::bind(m);
+  fastrlhf::bind_sm90(m);
 }

@@ -26,6 +26,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("prefer_huge_pages", [](uintptr_t p, int64_t bytes) { prefer_huge_pages(pointer(p), bytes); },
         "Asks for huge pages under a large new tensor.");
   bind_logprobs(m);
+  bind_linear(m);
   bind_rollout(m);
   bind_losses(m);
   bind_sampling(m);

@@ -37,6 +37,9 @@ def test_grpo_normalises_within_a_prompt_and_puts_the_kl_in_the_loss(on_policy: 
     assert metrics["options"]["kl_coef"] == 0.04 and rollout.logprobs is None  # one step: its own are the old ones
     assert float(metrics["policy/ratio_max"]) == 1
     assert not hasattr(algorithm, "critic")
+    drift = metrics["drift"].to_dict()  # of the engine from the update's own log-probs, as there are no others
+    assert drift["tokens"] == float(rollout.mask.sum()) and drift["max"] < 1e-4 and drift["outside_fraction"] == 0
+    assert drift["not_finite_fraction"] == 0 and "position_3" in drift
 
 
 def test_rloo_compares_with_the_others_after_the_kl(on_policy: Callable[..., list[str]]) -> None:

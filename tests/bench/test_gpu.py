@@ -41,11 +41,19 @@ def test_each_of_our_backends_is_a_variant_where_the_op_has_it() -> None:
 def test_the_cases_are_the_lines_of_the_bars() -> None:
     """At full size, by name; nothing is allocated."""
     meta = gpu_cases.Setting("meta")
-    suites = (gpu_cases.scores, gpu_cases.trained, gpu_cases.losses_of_logits, gpu_cases.divergences, gpu_cases.policy_losses)
+    suites = (
+        gpu_cases.gpu_heads.forward,
+        gpu_cases.scores,
+        gpu_cases.trained,
+        gpu_cases.losses_of_logits,
+        gpu_cases.divergences,
+        gpu_cases.policy_losses,
+    )
     names = {f"{case.op} {case.name}" for suite in suites for case in suite(meta)}
     for shape in bars.LOGITS:
         assert f"logprobs forward + entropy {shape} bfloat16" in names
         assert f"{bars.ONE_READ} forward + backward {shape} bfloat16" in names
+    assert f"linear_logprobs forward {bars.HEAD} bfloat16" in names
     assert {f"policy_loss {n} tokens, forward + backward + stats" for n in (8388608, 65536, 1048576)} <= names
     assert {f"kl_full {d} 4096x128256 bfloat16" for d in ("forward", "reverse")} <= names
 
@@ -133,3 +141,21 @@ def test_results_print_and_draw(tmp_path: Any, capsys: pytest.CaptureFixture[str
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["bench", "--device", "cuda"])
     assert main() == 1 and "no GPU here" in capsys.readouterr().out
+
+
+def test_the_head_is_judged_by_the_matrix_rate_and_by_memory() -> None:
+    """Its share comes from operations; memory counts without the gradients."""
+    case, loss = f"forward {bars.HEAD} bfloat16", f"forward + backward {bars.HEAD} bfloat16"
+    gradients = 4 * 128256 * 4096 + 2 * 8192 * 4096
+    rows = [
+        row("linear_logprobs", case, "fastrlhf cuda", 0.012, of_floor=0.9, peak_extra_bytes=int(2e7)),
+        row("linear_logprobs", case, "verl linear_cross_entropy", 0.020),
+        row("linear_policy_loss", loss, "fastrlhf cuda", 0.04, of_floor=0.7, peak_extra_bytes=int(gradients + 6e8)),
+    ]
+    share, verl, memory = lines_with(f"linear_logprobs forward {bars.HEAD}", rows)
+    assert "90%" in share and share.endswith("  holds")
+    assert "1.67x" in verl and verl.endswith("does not hold")
+    assert "0.02 GB" in memory and memory.endswith("  holds")
+    share, verl, memory = lines_with(f"linear_policy_loss {bars.HEAD}", rows)
+    assert share.endswith("does not hold") and verl.endswith("not measured")
+    assert "0.60 GB" in memory and memory.endswith("does not hold")

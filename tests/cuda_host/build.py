@@ -36,7 +36,7 @@ def module() -> ModuleType:
 
     flags = [
         "-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-DFASTRLHF_CUDA_HOST",
-        "-DFASTRLHF_ISA=gpu", f"-DFASTRLHF_CUDA_MODULE={NAME}", "-DFASTRLHF_CUDA_ARCH_LIST=0",
+        "-DFASTRLHF_ISA=gpu", f"-DFASTRLHF_CUDA_MODULE={NAME}", "-DFASTRLHF_CUDA_ARCH_LIST=0", "-DFASTRLHF_SM90",
         *(f"-I{d}" for d in (HERE, ROOT / "src", ROOT / "kernels", pybind11.get_include(), sysconfig.get_path("include"))),
         *os.environ.get("FASTRLHF_CUDA_HOST_FLAGS", "").split(),
     ]  # fmt: skip

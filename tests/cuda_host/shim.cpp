@@ -117,6 +117,7 @@ unsigned char* block_memory() { return active->thread.memory; }
 unsigned char* cluster_memory(const void* here, unsigned rank) {
   return blocks_[rank].memory + (static_cast<const unsigned char*>(here) - active->thread.memory);
 }
+void went_on() { ++progress; }
 void yield() { leave(); }
 void block_barrier() { wait(active->block->barrier); }
 int block_or(int x) {
@@ -152,9 +153,9 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, int cluster_size, co
       block.barrier.expected = threads;
       block.warps.resize(threads / 32);
       for (Warp& w : block.warps) w.barrier.expected = 32;
-      block.space.reset(new unsigned char[shared_bytes + 256]);
-      std::memset(block.space.get(), 0xa5, shared_bytes + 256);  // shared memory holds anything at first
-      block.memory = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block.space.get()) + 127) / 128 * 128);
+      block.space.reset(new unsigned char[shared_bytes + 2048]);
+      std::memset(block.space.get(), 0xa5, shared_bytes + 2048);  // shared memory holds anything at first
+      block.memory = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block.space.get()) + 1023) / 1024 * 1024);
       for (int t = 0; t < threads; ++t) {
         Fiber& f = fibers[r * threads + t];
         f.block = &block;

@@ -25,6 +25,7 @@ unsigned char* cluster_memory(const void* here, unsigned rank);  // the same pla
 void block_barrier();
 int block_or(int x);
 void cluster_barrier();
+void went_on();  // something that others wait for has come
 void yield();  // to the other threads, until what is waited for has come
 // Every lane of the warp gives a value and gets all 32 of them.
 const uint64_t* exchange(uint64_t mine);
@@ -48,6 +49,7 @@ inline void __threadfence() {}
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline int atomicAdd(int* p, int x) { const int before = *p; *p += x; return before; }
 
+inline void __syncwarp() { shim::exchange(0); }
 inline int shim_lane() { return static_cast<int>(threadIdx.x & 31); }
 template <class T>
 inline T __shfl_sync(unsigned, T x, int lane) { return shim::unpack<T>(shim::exchange(shim::pack(x))[lane & 31]); }

@@ -17,6 +17,8 @@ from fastrlhf.kernels.policy_loss.reference import KINDS, REDUCTIONS
 from fastrlhf.ops import backend as backends
 from torch import Tensor
 
+from bench import linear_head
+
 Inputs = dict[str, Tensor]
 WIDE, NARROW = 50257, 1000  # rows of the first are not aligned to more than their dtype
 
@@ -276,6 +278,14 @@ def main() -> int:
         except Exception:
             failed += 1
             print(f"{name}:\n{traceback.format_exc(limit=-3)}")
+    if given.backend == "cuda" and linear_head.available():
+        for rows, vocab, width in ((1, 300, 64), (300, 1001, 200)):
+            head = linear_head.head(rows, vocab, width, device=given.device, bias=torch.zeros(vocab, device=given.device))
+            of, g = head.statistics(), torch.ones(rows, device=given.device)
+            for dtype in (torch.bfloat16, torch.float32):
+                head.gradient(of, (g, g, None), dtype).cpu()
+            partials, kept, references = head.exponentials()
+            head.gradient_in_place(head.combined(partials), (g, g, None), kept, references).cpu()
     print(f"{given.backend}: {len(names(given.backend))} calls, {failed} failed")
     return 1 if failed else 0
 

@@ -25,7 +25,7 @@ def _worker(rank: int, world: int, port: int, kernels: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
-        for check in (vocab_parallel, statistics, losses):
+        for check in (vocab_parallel, fused_head, statistics, losses):
             torch.manual_seed(0)
             check(rank, world, kernels)
     finally:
@@ -84,6 +84,59 @@ def vocab_parallel(rank: int, world: int, kernels: str) -> None:
                 torch.autograd.backward(out, [u.double() for u in upstream])
                 torch.autograd.backward(ours, upstream)
                 torch.testing.assert_close(x.grad.double(), whole.grad[:, mine], rtol=1e-4, atol=2e-6)
+
+
+def fused_head(rank: int, world: int, kernels: str) -> None:
+    """Shards of the head's weight: the same bits everywhere, the unsplit result, shares that add up to its gradients."""
+    width, vocab = 24, 960
+    shard = vocab // world
+    mine = slice(rank * shard, (rank + 1) * shard)
+    hidden, weight, bias = torch.randn(ROWS, width), torch.randn(vocab, width) / 2, torch.randn(vocab)
+    labels = torch.randint(0, vocab, (ROWS,))
+    labels[2] = -100
+    keep = torch.rand(ROWS, vocab) < 0.3
+    csr = (torch.cat([torch.zeros(1, dtype=torch.long), keep.sum(-1).cumsum(0)]), keep.nonzero()[:, 1])
+    tokens = (torch.randn(1, ROWS) - 5, torch.randn(1, ROWS), torch.rand(1, ROWS) < 0.8)
+    for backend in backends(kernels):
+        for options, kept in CASES[:: 2 if INTERPRETED else 1]:
+            whole = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+            local = [t.clone().requires_grad_() for t in (hidden, weight[mine], bias[mine])]
+            sets = {"mask": (keep, keep[:, mine].contiguous()), "csr": (csr, csr), None: (None, None)}[kept]
+            group = VocabParallel(dist.group.WORLD, mine.start, mine.stop, vocab)
+            exact = fastrlhf.linear_logprobs(
+                whole[0], whole[1], labels, bias=whole[2], entropy=True, lse=True, kept=sets[0], backend=backend, **options
+            )
+            ours = fastrlhf.linear_logprobs(
+                local[0], local[1], labels, bias=local[2], entropy=True, lse=True, kept=sets[1], vocab_parallel=group,
+                backend=backend, **options,
+            )  # fmt: skip
+            for a, b in zip(ours, exact, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-6)
+                same_on_all_ranks(a.detach())
+            for out in (ours, exact):
+                (out.logprobs.sum() + 0.1 * out.entropy.sum()).backward()
+            _shares_add_up(local, whole, mine)
+
+            if kept is not None:
+                continue
+            for t in (*whole, *local):
+                t.grad = None
+            losses_ = []
+            for (h, w, b), parallel in ((local, group), (whole, None)):
+                out = fastrlhf.linear_policy_loss(
+                    h[None], w, labels[None], *tokens, bias=b, vocab_parallel=parallel, backend=backend, **options
+                )
+                out.loss.backward()
+                losses_.append(out.loss.detach())
+            torch.testing.assert_close(*losses_, rtol=1e-6, atol=1e-6)
+            same_on_all_ranks(losses_[0])
+            _shares_add_up(local, whole, mine)
+
+
+def _shares_add_up(local: list[torch.Tensor], whole: list[torch.Tensor], mine: slice) -> None:
+    dist.all_reduce(local[0].grad)
+    for a, b in zip(local, (whole[0].grad, whole[1].grad[mine], whole[2].grad[mine]), strict=True):
+        torch.testing.assert_close(a.grad, b, rtol=1e-4, atol=1e-6)
 
 
 def statistics(rank: int, world: int, kernels: str) -> None:

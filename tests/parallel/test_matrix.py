@@ -16,6 +16,7 @@ from fastrlhf.data import load_tokenizer
 from fastrlhf.models import load_scalar_model, save_scalar_model
 from fastrlhf.models.checkpoint import named_weights, places
 from fastrlhf.parallel.layers import whole_of
+from fastrlhf.training.metrics import to_floats
 from fastrlhf.training.progress import Silent
 from torch import Tensor
 
@@ -106,7 +107,7 @@ def run_ppo(model: str, data: dict[str, str], options: dict[str, Any], steps: in
     algorithm.learn = lambda rollout, *rest: (drawn.append(rollout), learn(rollout, *rest))[1]  # type: ignore
     out = []
     for step in range(1, steps + 1):
-        metrics = {k: float(v) for k, v in algorithm.step(step, Silent()).items()}  # type: ignore[arg-type]
+        metrics = to_floats(algorithm.step(step, Silent()))
         out.append({"metrics": metrics, "tokens": drawn[-1].sequences.tokens})
     return out
 
@@ -177,7 +178,7 @@ def reward(model: str, data: dict[str, str], options: dict[str, Any]) -> list[di
 
 
 def numbers(metrics: Any) -> dict[str, float]:
-    return {k: float(v) for k, v in metrics.items() if k != "generate/idle"}
+    return {k: v for k, v in to_floats(metrics).items() if k != "generate/idle"}
 
 
 @pytest.mark.slow

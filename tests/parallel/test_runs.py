@@ -47,7 +47,7 @@ def run(files: tuple[str, dict[str, str]], directory: Path, layout: str, *more: 
 def metrics(directory: Path) -> list[dict[str, float]]:
     """Of each step, without what differs from run to run."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time", "seconds/", "tokens_per_second/", "generate/idle")
+    timed = ("time", "seconds/", "tokens_per_second/", "generate/idle", "peak_memory")
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
 
 

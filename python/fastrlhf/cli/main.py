@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": Command("sample completions from a model", "fastrlhf.cli.generate:main"),
     "init": Command("make a small model with random weights and its tokenizer", "fastrlhf.cli.init:main"),
     "report": Command("draw the curves of a run into report.html and report.png", "fastrlhf.cli.report:main"),
+    "verify": Command("whether operations and patched frameworks are right on this machine", "fastrlhf.cli.verify:main"),
     "doctor": Command("what is installed here, and which kernels each operation will use", "fastrlhf.cli.doctor:main"),
 }
 USER_ERROR = 2

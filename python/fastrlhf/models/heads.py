@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..parallel.collectives import copy_to_shards
 from .decoder import Context, Decoder
-
-CHUNK = 1024  # tokens whose logits are held at once where no gradient is wanted
 
 
 class TokenLogprobs(NamedTuple):
@@ -24,26 +23,18 @@ class TokenLogprobs(NamedTuple):
 def token_logprobs(
     model: Decoder, hidden: Tensor, labels: Tensor, *, temperature: float = 1.0, entropy: bool = False
 ) -> TokenLogprobs:
-    """log softmax(logits(hidden) / temperature)[label] for hidden (n, H) and labels (n); differentiable.
+    """log softmax(logits(hidden) / temperature)[label] for hidden (n, H) and labels (n); differentiable. The logits are never
+    stored: `ops.linear_logprobs`.
 
-    Give only the positions that are wanted: the logits of the others are then never computed.
+    Give only the positions that are wanted: the others are then never multiplied.
     """
-    if not torch.is_grad_enabled() and hidden.shape[0] > CHUNK:
-        parts = [
-            token_logprobs(model, h, y, temperature=temperature, entropy=entropy)
-            for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
-        ]
-        entropies = torch.cat([p.entropy for p in parts if p.entropy is not None]) if entropy else None
-        return TokenLogprobs(torch.cat([p.logprobs for p in parts]), entropies)
-    logits = model.logits(hidden)
+    head, tp = model.head, model.groups.tp
     parallel = None
-    if model.groups.tp.size > 1:
-        head = model.head
-        parallel = ops.VocabParallel(model.groups.tp.group, head.first, head.first + head.rows, model.config.vocab_size)
-    out = ops.logprobs(
-        logits, labels, temperature=temperature, entropy=entropy, vocab_parallel=parallel,
-        inplace_backward=logits.requires_grad,
-    )  # fmt: skip
+    if tp.size > 1:
+        parallel = ops.VocabParallel(tp.group, head.first, head.first + head.rows, model.config.vocab_size)
+    out = ops.linear_logprobs(
+        copy_to_shards(hidden, tp), head.weight, labels, temperature=temperature, entropy=entropy, vocab_parallel=parallel
+    )
     return TokenLogprobs(out.logprobs, out.entropy)
 
 

@@ -2,9 +2,13 @@
 sampling. Imports nothing of fastrlhf but the kernels and the extension."""
 
 from ..kernels.policy_loss.reference import RolloutCorrection
+from .drift import LogprobDrift, logprob_drift
 from .gae import Experience, discounted_returns, experience, gae, shape_rewards
 from .group_advantages import group_advantages
 from .kl import AdaptiveKL, FixedKL, kl, kl_full
+from .linear_logprobs import linear_logprobs
+from .linear_policy_loss import linear_policy_loss
+from .linear_scores import Scores, linear_scores
 from .logits_policy_loss import LogitsPolicyLoss, logits_policy_loss
 from .logprobs import Logprobs, VocabParallel, logprobs
 from .masked_stats import masked_mean, masked_var, whiten
@@ -17,9 +21,10 @@ from .stats import LossStats
 from .value_loss import ValueLoss, value_loss
 
 __all__ = [
-    "AdaptiveKL", "Experience", "FixedKL", "LogitsPolicyLoss", "Logprobs", "LossStats", "PolicyLoss", "PreferenceLoss",
-    "RegressionLoss", "RolloutCorrection", "Sample", "ValueLoss", "VocabParallel", "discounted_returns", "experience",
-    "gae", "group_advantages", "kl", "kl_full", "logits_policy_loss", "logprobs", "masked_mean", "masked_var",
-    "policy_loss", "preference_loss", "regression_loss", "reward_loss", "sample", "sequence_logprobs", "shape_rewards",
-    "value_loss", "whiten",
+    "AdaptiveKL", "Experience", "FixedKL", "LogitsPolicyLoss", "LogprobDrift", "Logprobs", "LossStats", "PolicyLoss",
+    "PreferenceLoss", "RegressionLoss", "RolloutCorrection", "Sample", "Scores", "ValueLoss", "VocabParallel",
+    "discounted_returns", "experience", "gae", "group_advantages", "kl", "kl_full", "linear_logprobs", "linear_policy_loss",
+    "linear_scores", "logits_policy_loss", "logprob_drift", "logprobs", "masked_mean", "masked_var", "policy_loss",
+    "preference_loss", "regression_loss", "reward_loss", "sample", "sequence_logprobs", "shape_rewards", "value_loss",
+    "whiten",
 ]  # fmt: skip

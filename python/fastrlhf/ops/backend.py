@@ -21,8 +21,8 @@ except ImportError as error:  # a source tree without a build
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 # The ops that have CUDA kernels, and those that have Triton kernels.
 CUDA = frozenset((
-    "logprobs", "logits_policy_loss", "shape_rewards", "gae", "discounted_returns", "experience", "masked_mean", "masked_var",
-    "whiten", "sequence_logprobs", "policy_loss", "value_loss",
+    "logprobs", "linear_logprobs", "linear_policy_loss", "logits_policy_loss", "shape_rewards", "gae", "discounted_returns",
+    "experience", "masked_mean", "masked_var", "whiten", "sequence_logprobs", "policy_loss", "value_loss",
 ))  # fmt: skip
 TRITON = CUDA | {"kl", "kl_full", "group_advantages", "preference_loss", "reward_loss", "regression_loss", "sample"}
 DTYPES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -98,37 +99,13 @@ def logprobs(
     """
     shape = checks.logits("logits", logits)
     lead, vocab = shape[:-1], shape[-1]
-    checks.tensor("labels", labels, INTEGERS)
-    if labels.shape != lead and not (labels.dim() == logits.dim() and labels.shape[:-1] == lead and labels.shape[-1] > 0):
-        raise ValueError(
-            f"labels: expected shape {tuple(lead)} or {tuple(lead)} + (K,) for logits {checks.shape_of(logits)}, "
-            f"got {checks.shape_of(labels)}"
-        )
-    if not (labels.is_cpu and logits.is_cpu):
-        checks.same_device("labels", labels, "logits", logits)
-    temperatures = None
-    if isinstance(temperature, Tensor):
-        checks.tensor("temperature", temperature)
-        if temperature.shape != lead:
-            raise ValueError(f"temperature: expected shape {tuple(lead)}, one for each row, got {checks.shape_of(temperature)}")
-        checks.same_device("temperature", temperature, "logits", logits)
-        temperatures, temperature = temperature.detach().double().reshape(-1).contiguous(), 1.0
-    elif temperature != 1.0:
-        checks.temperature(temperature)
-    if softcap is not None:
-        checks.positive_or_none("softcap", softcap)
-    parallel = None if vocab_parallel is None else _vocab_parallel(vocab_parallel, vocab)
-    if kept is not None:
-        _check_kept(kept, logits)
-
+    temperature, temperatures, parallel = softmax_options(
+        "logits", logits, lead, vocab, labels, temperature, softcap, kept, vocab_parallel
+    )
     backend = choose("logprobs", logits, backend)
     if backend == "reference":
-        return _reference(logits, labels, temperatures, temperature, softcap, ignore_index, entropy, lse, kept, parallel)
-    mask = indptr = indices = None
-    if isinstance(kept, Tensor):
-        mask = kept.contiguous()
-    elif kept is not None:
-        indptr, indices = kept[0].long().contiguous(), kept[1].long().contiguous()
+        return of_logits(logits, labels, temperatures, temperature, softcap, ignore_index, entropy, lse, kept, parallel)
+    mask, indptr, indices = kept_parts(kept)
     start, total = (parallel.vocab_start, parallel.vocab_size) if parallel else (0, vocab)
     if inplace_backward and not disjoint_rows(logits):
         raise ValueError(f"inplace_backward: rows of logits share memory (strides {logits.stride()})")
@@ -152,18 +129,60 @@ def logprobs(
     return Logprobs(out[0], out[1] if entropy else None, out[2] if lse else None)
 
 
-def _check_kept(kept: Any, logits: Tensor) -> None:
+def softmax_options(
+    name: str, t: Tensor, lead: torch.Size, vocab: int, labels: Tensor, temperature: float | Tensor, softcap: float | None,
+    kept: Kept | None, vocab_parallel: Any,
+) -> tuple[float, Tensor | None, VocabParallel | None]:  # fmt: skip
+    """Checks what a softmax over (*lead, vocab) logits takes, `t` being what they come from; returns the temperature as a
+    number and a tensor, one of which counts, and this rank's columns."""
+    checks.tensor("labels", labels, INTEGERS)
+    if labels.shape != lead and not (labels.dim() == len(lead) + 1 and labels.shape[:-1] == lead and labels.shape[-1] > 0):
+        raise ValueError(
+            f"labels: expected shape {tuple(lead)} or {tuple(lead)} + (K,) for {name} {checks.shape_of(t)}, "
+            f"got {checks.shape_of(labels)}"
+        )
+    if not (labels.is_cpu and t.is_cpu):
+        checks.same_device("labels", labels, name, t)
+    temperatures = None
+    if isinstance(temperature, Tensor):
+        checks.tensor("temperature", temperature)
+        if temperature.shape != lead:
+            raise ValueError(f"temperature: expected shape {tuple(lead)}, one for each row, got {checks.shape_of(temperature)}")
+        checks.same_device("temperature", temperature, name, t)
+        temperatures, temperature = temperature.detach().double().reshape(-1).contiguous(), 1.0
+    elif temperature != 1.0:
+        checks.temperature(temperature)
+    if softcap is not None:
+        checks.positive_or_none("softcap", softcap)
+    if kept is not None:
+        _check_kept(kept, name, t, lead, vocab)
+    return temperature, temperatures, None if vocab_parallel is None else _vocab_parallel(vocab_parallel, vocab)
+
+
+def kept_parts(kept: Kept | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A kept set as mask, indptr, indices."""
+    if kept is None:
+        return None, None, None
     if isinstance(kept, Tensor):
-        checks.like("kept", kept, "logits", logits, (torch.bool,))
+        return kept.contiguous(), None, None
+    return None, kept[0].long().contiguous(), kept[1].long().contiguous()
+
+
+def _check_kept(kept: Any, name: str, t: Tensor, lead: torch.Size, vocab: int) -> None:
+    if isinstance(kept, Tensor):
+        checks.tensor("kept", kept, (torch.bool,))
+        if kept.shape != (*lead, vocab):
+            raise ValueError(f"kept: expected shape {(*lead, vocab)}, got {checks.shape_of(kept)}")
+        checks.same_device("kept", kept, name, t)
         return
     if not (isinstance(kept, tuple) and len(kept) == 2):
         raise TypeError(f"kept: expected a bool tensor or (indptr, indices), got {type(kept).__name__}")
-    for name, t in zip(("kept indptr", "kept indices"), kept, strict=True):
-        checks.tensor(name, t, INTEGERS)
-        checks.same_device(name, t, "logits", logits)
-        if t.dim() != 1:
-            raise ValueError(f"{name}: expected one dimension, got {checks.shape_of(t)}")
-    rows = logits.numel() // logits.shape[-1]
+    for part, x in zip(("kept indptr", "kept indices"), kept, strict=True):
+        checks.tensor(part, x, INTEGERS)
+        checks.same_device(part, x, name, t)
+        if x.dim() != 1:
+            raise ValueError(f"{part}: expected one dimension, got {checks.shape_of(x)}")
+    rows = math.prod(lead)
     if kept[0].shape[0] != rows + 1:
         raise ValueError(f"kept indptr: expected {rows + 1} entries for {rows} rows, got {kept[0].shape[0]}")
 
@@ -171,13 +190,13 @@ def _check_kept(kept: Any, logits: Tensor) -> None:
 def _vocab_parallel(given: Any, columns: int) -> VocabParallel:
     if isinstance(given, VocabParallel):
         if given.vocab_end - given.vocab_start != columns or not 0 <= given.vocab_start <= given.vocab_end <= given.vocab_size:
-            raise ValueError(f"vocab_parallel: {given[1:]} does not fit logits with {columns} columns")
+            raise ValueError(f"vocab_parallel: {given[1:]} does not fit {columns} columns")
         return given
     world, rank = size_and_rank(given)
     return VocabParallel(given, rank * columns, (rank + 1) * columns, world * columns)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The inputs of every kernel here, checked."""
 
     logits: Tensor
@@ -192,10 +211,14 @@ class _Call(NamedTuple):
     vocab_start: int
     vocab_total: int
 
+    @property
+    def rows(self) -> int:
+        return math.prod(self.logits.shape[:-1])
+
     def native(self) -> tuple[Any, ...]:
         """As the extensions take them."""
         vocab = self.logits.shape[-1]
-        rows = self.logits.numel() // vocab
+        rows = self.rows
         labels = (
             self.labels.data_ptr(), DTYPES[self.labels.dtype], self.labels.numel() // rows if rows else 1, self.vocab_start,
             self.vocab_total, self.ignore_index,
@@ -216,7 +239,7 @@ class _Call(NamedTuple):
 def native_arguments(logits: Tensor, labels: Tensor, temperature: float, ignore_index: int) -> tuple[Any, ...]:
     """Of plain logits and one label a row, as the extensions take them."""
     vocab = logits.shape[-1]
-    return _Call(logits, labels, None, None, None, None, float(temperature), 0.0, ignore_index, 0, vocab).native()
+    return Call(logits, labels, None, None, None, None, float(temperature), 0.0, ignore_index, 0, vocab).native()
 
 
 def _forward(
@@ -224,7 +247,7 @@ def _forward(
     kept_indices: Tensor | None, temperature: float, softcap: float, ignore_index: int, vocab_start: int,
     vocab_total: int, entropy: bool, lse: bool, save: bool, inplace_backward: bool, backend: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    call = _Call(
+    call = Call(
         logits, labels, temperatures, kept_mask, kept_indptr, kept_indices, temperature, softcap, ignore_index, vocab_start,
         vocab_total,
     )  # fmt: skip
@@ -261,7 +284,7 @@ def _backward_implementation(
     vocab_total: int, max_: Tensor, log_sum: Tensor, entropy: Tensor | None, grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None, grad_lse: Tensor | None, backend: str, inplace: bool = False,
 ) -> Tensor:  # fmt: skip
-    call = _Call(
+    call = Call(
         logits, labels, temperatures, kept_mask, kept_indptr, kept_indices, temperature, softcap, ignore_index, vocab_start,
         vocab_total,
     )  # fmt: skip
@@ -336,6 +359,45 @@ _logprobs = Op(
 )
 
 
+def fold(call: Call, partials: Tensor, backend: str) -> None:
+    """partials (rows, 3 + labels): the max, sum, weighted sum and label logits of the columns that are here."""
+    if backend == "triton":
+        inputs, options = call.triton()
+        nothing = dict.fromkeys(("logprobs", "entropy", "lse", "max", "log_sum"))
+        triton_kernels("logprobs").forward(*inputs, **options, **nothing, partials=partials)
+    else:
+        native(backend).logprobs_forward(*call.native(), (0, 0, 0, 0, 0), partials.data_ptr(), lane(backend, call.logits))
+
+
+def combine(call: Call, parts: Tensor, results: tuple[Tensor | None, ...], backend: str) -> None:
+    """results (logprobs, entropy, lse, max, log_sum) of (parts, rows, 3 + labels) statistics, merged in their order."""
+    if backend == "triton":
+        names = ("logprobs", "entropy", "lse", "max", "log_sum")
+        triton_kernels("logprobs").combine(
+            call.labels, call.temperatures, parts, temperature=call.temperature, ignore_index=call.ignore_index,
+            **dict(zip(names, results, strict=True)),
+        )  # fmt: skip
+    else:
+        native(backend).logprobs_combine(
+            *call.native()[:5], tuple(address(t) for t in results), parts.data_ptr(), parts.shape[0], lane(backend, call.logits)
+        )
+
+
+def differentiate(
+    call: Call, results: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...], rows: slice, backend: str
+) -> None:
+    """call.logits (rows, V) become their gradient; results, and the grads of logprobs, entropy and lse, are of all rows."""
+
+    def part(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.reshape(-1, t.numel() // total)[rows]
+
+    total = math.prod(results[3].shape) if results[3] is not None else 0
+    _, H, _, m, log_sum = results
+    assert m is not None and log_sum is not None
+    inputs: tuple[Any, ...] = (*call, part(m), part(log_sum), part(H), *(part(g) for g in grads), backend, True)
+    _backward_implementation(*inputs)
+
+
 class _VocabParallelLogprobs(torch.autograd.Function):
     """Each rank's (m, s, t, x_y) a row, one all-gather, combined in rank order; the backward is local."""
 
@@ -351,26 +413,13 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         labels: Tensor,
         *options: Any,
     ) -> tuple[Tensor | None, ...]:
-        call = _Call(logits, labels, *options)
+        call = Call(logits, labels, *options)
         dtype, lead = result_dtype(logits), logits.shape[:-1]
-        rows = logits.numel() // logits.shape[-1]
-        partials = empty((rows, 3 + (labels.numel() // rows if rows else 1)), dtype, logits)
+        partials = empty((call.rows, 3 + (labels.numel() // call.rows if call.rows else 1)), dtype, logits)
         out = empty(labels.shape, dtype, logits)
         H, z, m, log_sum = (empty(lead, dtype, logits) for _ in range(4))
-        if backend == "triton":
-            kernels, (inputs, settings) = triton_kernels("logprobs"), call.triton()
-            results = {"logprobs": out, "entropy": H, "lse": z, "max": m, "log_sum": log_sum}
-            kernels.forward(*inputs, **settings, **dict.fromkeys(results), partials=partials)
-            kernels.combine(
-                labels, call.temperatures, all_gather(partials, group), temperature=call.temperature,
-                ignore_index=call.ignore_index, **results,
-            )  # fmt: skip
-        else:
-            arguments, kernels = call.native(), native(backend)
-            kernels.logprobs_forward(*arguments, (0, 0, 0, 0, 0), partials.data_ptr(), lane(backend, logits))
-            gathered = all_gather(partials, group)
-            addresses = (out.data_ptr(), H.data_ptr(), z.data_ptr(), m.data_ptr(), log_sum.data_ptr())
-            kernels.logprobs_combine(*arguments[:5], addresses, gathered.data_ptr(), gathered.shape[0], lane(backend, logits))
+        fold(call, partials, backend)
+        combine(call, all_gather(partials, group), (out, H, z, m, log_sum), backend)
         ctx.save_for_backward(logits, labels, *options[:4], m, log_sum, H)
         ctx.options, ctx.inplace, ctx.backend = options[4:], inplace, backend
         ctx.set_materialize_grads(False)
@@ -385,10 +434,11 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         return *[None] * 5, grad, *[None] * 10
 
 
-def _reference(
+def of_logits(
     logits: Tensor, labels: Tensor, temperatures: Tensor | None, temperature: float, softcap: float | None,
     ignore_index: int, entropy: bool, lse: bool, kept: Kept | None, parallel: VocabParallel | None,
 ) -> Logprobs:  # fmt: skip
+    """`logprobs` by its definition."""
     vocab, lead = logits.shape[-1], logits.shape[:-1]
     total = parallel.vocab_size if parallel else vocab
     if not torch.compiler.is_compiling():

@@ -19,7 +19,7 @@ from ..config import REQUIRED, option, to_dict, to_yaml
 from ..errors import CheckpointError, ConfigError, UserError
 from ..parallel.watch import Watch
 from .checkpoint import Checkpoints, restore_rng, rng_tensors
-from .memory import keep_freed_memory
+from .memory import PeakMemory, keep_freed_memory
 from .metrics import METRICS, SAMPLES, TABLES, Metrics, Unwritten, Value, read_lines
 from .optim import NotFinite
 from .progress import Progress, Silent
@@ -191,6 +191,7 @@ def _fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress, 
         if not done:
             evaluate(0)
         algorithm.timers.pop()
+        memory = PeakMemory()
         with _interrupts() as interrupted:
             while done < algorithm.steps:
                 begun = time.monotonic()
@@ -204,7 +205,7 @@ def _fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress, 
                         checkpoints,
                     ) from error  # fmt: skip
                 done += 1
-                numbers = metrics.log(done, values | algorithm.timers.pop())
+                numbers = metrics.log(done, values | algorithm.timers.pop() | memory.pop())
                 progress.step(done, numbers)
                 if rows := algorithm.samples():
                     metrics.samples(done, rows)

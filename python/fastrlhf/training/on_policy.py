@@ -15,7 +15,7 @@ from ..config import REQUIRED, option, section
 from ..data import PromptDataset, PromptStream, open_rows
 from ..errors import ConfigError
 from ..generation import EmbeddedEngine, Fleet, Resharded
-from ..ops import AdaptiveKL, FixedKL
+from ..ops import AdaptiveKL, FixedKL, logprob_drift
 from ..seeds import mix
 from .layout import Layout, ParallelConfig
 from .loop import RunConfig
@@ -162,6 +162,10 @@ class OnPolicy(ABC):
         if self.engine.resharded.replicas.size > 1:
             metrics["generate/idle"] = self.engine.idle
         metrics |= self.learn(rollout, step, progress)
+        recomputed = rollout.first_logprobs if rollout.logprobs is None else rollout.logprobs
+        if recomputed is not None:
+            drift = logprob_drift(rollout.rollout_logprobs, recomputed, rollout.mask, cu_seqlens=rollout.cu_seqlens)
+            metrics["drift"] = drift.stats
         metrics |= {
             "data/epoch": float(self.prompts.epoch),
             "data/skipped": float(self.prompts.skipped),

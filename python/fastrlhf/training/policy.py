@@ -22,7 +22,7 @@ from .averages import Averages
 from .batches import Sequences, completion_logprobs, micro_batches
 from .layout import Layout
 from .optim import Optimizer, OptimizerConfig, trainable
-from .passes import run
+from .passes import assembled, run
 from .rollout import Rollout
 from .shards import weights_of
 from .state import load_into
@@ -175,10 +175,13 @@ class Policy:
         per_token = advantages.shape[0] == rollout.mask.shape[0]
         batches = list(micro_batches(rollout.sequences, members, self.config.micro_batch_tokens, self.device, self.groups))
 
+        first = torch.zeros_like(rollout.rollout_logprobs)
+
         def last(i: int, hidden: Tensor) -> Tensor:
             batch = batches[i]
             new = token_logprobs(self.model, hidden[batch.at], batch.labels, temperature=self.temperature, entropy=True)
             assert new.entropy is not None
+            first[batch.rows] = new.logprobs.detach()
             picked = torch.tensor(batch.members, device=self.device)
             out = policy_loss(
                 new.logprobs,
@@ -198,6 +201,8 @@ class Policy:
             return out.loss
 
         run(self.model, [(b.tokens, b.pack) for b in batches], last)
+        if rollout.logprobs is None:  # the only step's minibatch is the whole rollout
+            rollout.first_logprobs = assembled(first, self.groups)
         return summed(total, self.groups.replicas)
 
     def save(self, directory: Path) -> None:

@@ -59,7 +59,8 @@ class Rollout:
 
     `scored` is what the rewards gave, `scores` (N) with the penalties. `mask` (tokens) is 0 where the policy's loss does
     not count, `counted` (N) how many tokens of a completion it counts.
-    `logprobs`, `ref_logprobs`, `values` are filled in by who needs them.
+    `logprobs`, `ref_logprobs`, `values` are filled in by who needs them, `first_logprobs` by the update where its only step's
+    own log-probs are the policy's.
     """
 
     prompts: list[Prompt]
@@ -76,6 +77,7 @@ class Rollout:
     logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
+    first_logprobs: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -1,0 +1,383 @@
+#include "cpu.h"
+
+#include "csrc/scratch.h"
+#include "csrc/threads.h"
+#include "sparse.h"
+
+namespace fastrlhf { namespace FASTRLHF_ISA {
+namespace {
+
+constexpr int64_t segment = 960;  // columns whose statistics are summed in single precision: whole panels at every level
+
+// `count` rows of a matrix as a panel of the product over its columns.
+template <class Row>
+void pack(const Matrix& m, Row&& row, int64_t count, int64_t width, int64_t K, float* out) {
+  with_float_type(m.dtype, [&](auto s) {
+    using S = decltype(s);
+    const S* source[32];
+    for (int64_t i = 0; i < count; ++i) source[i] = static_cast<const S*>(m.data) + m.offset(row(i));
+    pack_panel(source, count, width, K, 1, out);
+  });
+}
+template <class Row>
+void pack(const Matrix& m, Row&& row, int64_t count, int64_t width, int64_t K, double* out) {
+  const double* source[32];
+  for (int64_t i = 0; i < count; ++i) source[i] = static_cast<const double*>(m.data) + m.offset(row(i));
+  pack_panel(source, count, width, K, 1, out);
+}
+#if FASTRLHF_ISA_LEVEL == 3
+template <class Row>
+void pack(const Matrix& m, Row&& row, int64_t count, int64_t width, int64_t K, Pair* out) {
+  const bf16* source[32];
+  for (int64_t i = 0; i < count; ++i) source[i] = static_cast<const bf16*>(m.data) + m.offset(row(i));
+  pack_pairs(source, count, width, K, out);
+}
+#endif
+
+// `count` columns from `first` on of K rows of a matrix, as a panel of a product over those rows.
+template <class T, class Row>
+void pack_across(const Matrix& m, Row&& row, int64_t first, int64_t count, int64_t width, int64_t K, T* out) {
+  auto with = [&](auto s) {
+    using S = decltype(s);
+    pack_panel_across([&](int64_t k) { return static_cast<const S*>(m.data) + m.offset(row(k)) + first; }, count, width, K, out);
+  };
+  if constexpr (sizeof(T) == 8) with(double{});
+  else with_float_type(m.dtype, [&](auto s) { if constexpr (sizeof(s) <= 4) with(s); });
+}
+
+// The rows of a call that count, in panels, their hidden states packed.
+template <class T, class E>
+struct Block {
+  static constexpr int64_t NR = TileOf<T>::NR;
+  const LinearArgs& a;
+  const int64_t* rows;
+  int64_t count, panels, units;
+  Scratch<E> packed;            // [panel][unit of k][NR]
+  Scratch<RowPanel<T>> panel;
+
+  Block(const LinearArgs& a_, const int64_t* rows_, int64_t count_, int workers)
+      : a(a_), rows(rows_), count(count_), panels(panels_of(count_, NR)), units(units_of<E>(a_.width)),
+        packed(panels * NR * units, Uninitialized{}), panel(panels, Uninitialized{}) {
+    parallel_for(panels, workers, [&](int64_t p, int) {
+      for (int64_t j = 0; j < NR; ++j) {
+        const int64_t i = p * NR + j;
+        panel[p].row[j] = i < count ? rows[i] : -1;
+        panel[p].scale[j] = i < count ? static_cast<T>(scale_of(a.row, rows[i]) * log2e) : T(0);
+      }
+      pack(a.hidden, [&](int64_t i) { return panel[p].row[i]; }, lanes(p), NR, a.width, packed.get() + p * NR * units);
+    });
+  }
+
+  int64_t lanes(int64_t p) const { return std::min(NR, count - p * NR); }
+};
+
+// The weights of columns [column, column + count) in panels of MR.
+template <class T, class E>
+void pack_weights(const LinearArgs& a, int64_t column, int64_t count, E* out) {
+  constexpr int64_t MR = TileOf<T>::MR;
+  for (int64_t i = 0; i < count; i += MR)
+    pack(a.weight, [&](int64_t r) { return column + i + r; }, std::min(MR, count - i), MR, a.width, out + i * units_of<E>(a.width));
+}
+
+// Ranges of the panels of a block, so that with `groups` of something else there is work for everybody.
+struct Chunks {
+  int64_t count, size, panels;
+  Chunks(int64_t panels_, int64_t groups, int workers) : panels(panels_) {
+    const int64_t wanted = std::max<int64_t>(1, 4 * workers / std::max<int64_t>(groups, 1));
+    size = std::max<int64_t>(1, panels_of(panels, std::min(wanted, std::max<int64_t>(panels, 1))));
+    count = panels_of(panels, size);
+  }
+  int64_t first(int64_t i) const { return i * size; }
+  int64_t last(int64_t i) const { return std::min(panels, (i + 1) * size); }
+};
+
+// A call's rows whose labels count and for which `wanted` holds.
+template <class Wanted>
+int64_t counted_rows(const LogprobsArgs& r, int64_t* rows, Wanted&& wanted) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < r.rows; ++i)
+    if (!ignored(r, i) && wanted(i)) rows[n++] = i;
+  return n;
+}
+
+// Rows that are packed together: all of them, where they fit the workspace beside `per_row` more bytes each.
+template <class T>
+int64_t rows_at_once(const LinearArgs& a, int64_t count, int64_t per_row) {
+  constexpr int64_t NR = TileOf<T>::NR;
+  const int64_t fits = a.workspace_bytes / std::max<int64_t>(1, per_row) / NR * NR;
+  return a.logits ? std::max<int64_t>(count, 1) : std::max(NR, std::min(fits, panels_of(count, NR) * NR));
+}
+
+template <class T>
+void write_absent_row(const LogprobsArgs& r, int64_t row) {
+  if (!r.partial) return write_ignored_row<T>(r, row);
+  for (int64_t i = 0; i < 3 + r.labels_per_row; ++i) static_cast<T*>(r.partials)[row * (3 + r.labels_per_row) + i] = 0;
+}
+
+template <class T, class E>
+void forward_block(const LinearArgs& a, const Block<T, E>& block) {
+  constexpr int64_t MR = TileOf<T>::MR, NR = TileOf<T>::NR;
+  const LogprobsArgs& r = a.row;
+  const int64_t K = r.labels_per_row, width = 3 + K, segments = panels_of(r.vocab, segment), padded = block.panels * NR;
+  const int64_t group = panels_in_cache<T, E>(a.width) * MR;
+  Scratch<T> parts(segments * width * padded, Uninitialized{});  // [segment][max, sum, weighted, label logits][row]
+  Scratch<E> weights(r.threads * group * block.units, Uninitialized{});
+  const Chunks chunks(block.panels, segments, r.threads);
+
+  parallel_for(segments * chunks.count, r.threads, [&](int64_t task, int worker) {
+    const int64_t s = task / chunks.count, first = chunks.first(task % chunks.count), last = chunks.last(task % chunks.count);
+    const int64_t end = std::min(r.vocab, (s + 1) * segment);
+    T* part = parts.get() + s * width * padded;
+    for (int64_t i = 0; i < width; ++i)
+      std::fill(part + i * padded + first * NR, part + i * padded + last * NR, i == 1 || i == 2 ? T(0) : static_cast<T>(-INFINITY));
+    E* packed = weights.get() + worker * group * block.units;
+    for (int64_t column = s * segment; column < end; column += group) {
+      const int64_t columns = std::min(group, end - column);
+      pack_weights<T>(a, column, columns, packed);
+      multiply_group<T>(packed, panels_of(columns, MR), block.packed.get(), first, last, a.width, [&](int64_t p, T* tile) {
+        T* lane = part + p * NR;
+        finish_logits(a, block.panel[p], column, columns, tile, [&](int64_t j, int64_t k, T z) { lane[(3 + k) * padded + j] = z; });
+        fold(block.panel[p], columns, tile, Lanes<T>{lane, lane + padded, lane + 2 * padded});
+        if (a.logits) std::copy(tile, tile + columns * NR, static_cast<T*>(a.logits) + (p * r.vocab + column) * NR);
+      });
+    }
+  });
+
+  Scratch<T> label_logits(r.threads * K);
+  parallel_for(block.panels, worthwhile(r.threads, segments * padded), [&](int64_t p, int worker) {
+    T* z = label_logits.get() + worker * K;
+    for (int64_t i = p * NR; i < p * NR + block.lanes(p); ++i) {
+      auto at = [&](int64_t s, int64_t j) {
+        const T x = parts[(s * width + j) * padded + i];
+        return j == 2 ? static_cast<T>(x * (1 / log2e)) : x;
+      };
+      const int64_t row = block.rows[i];
+      const double scale = scale_of(r, row);
+      const RowStats<T> all = merged<T>(at, segments, K, scale, z);
+      if (r.partial) write_partials<T>(r, row, all, z);
+      else write_row_results<T>(r, row, scale, all.max, all.sum, all.weighted, z);
+    }
+  });
+}
+
+template <class T, class E>
+void forward(const LinearArgs& a) {
+  const LogprobsArgs& r = a.row;
+  for (int64_t i = 0; i < r.rows; ++i)
+    if (ignored(r, i)) write_absent_row<T>(r, i);
+  Scratch<int64_t> rows(r.rows, Uninitialized{});
+  const int64_t count = counted_rows(r, rows.get(), [](int64_t) { return true; });
+  if (r.kept_indptr) return sparse_forward<T>(a, rows.get(), count);
+  const int64_t parts = panels_of(r.vocab, segment) * (3 + r.labels_per_row) * static_cast<int64_t>(sizeof(T));
+  const int64_t size = rows_at_once<T>(a, count, units_of<E>(a.width) * static_cast<int64_t>(sizeof(E)) + parts);
+  for (int64_t begin = 0; begin < count; begin += size) {
+    const Block<T, E> block(a, rows.get() + begin, std::min(size, count - begin), r.threads);
+    forward_block(a, block);
+  }
+}
+
+// A strip of `segment` columns at a time: its d logits for all the rows of the block, then what they add to the gradients.
+template <class T, class E>
+class BackwardBlock {
+  static constexpr int64_t MR = TileOf<T>::MR, NR = TileOf<T>::NR;
+  static constexpr int64_t strip_panels = segment / MR;
+
+  const LinearBackwardArgs& b_;
+  const LinearArgs& a_;
+  const LogprobsArgs& r_;
+  const Block<T, E>& block_;
+  const RowGradients<T> gradients_;
+  const int64_t H_, width_panels_, hidden_panels_, group_;
+  bool add_;
+  Scratch<PanelGradient<T>> panel_gradients_;
+  Scratch<T> by_rows_;      // d logits as B, [panel of NR rows][column][NR]: summed over columns into grad_hidden
+  Scratch<T> by_columns_;   // d logits as A, [panel of MR columns][row][MR]: summed over rows into grad_weight
+  Scratch<T> hidden_;       // as B, [panel of NR of the width][row][NR]
+  Scratch<T> grad_hidden_;  // (width, rows of the block)
+  Scratch<E> weights_;      // a worker's group of panels of A
+  Scratch<T> across_;       // a worker's group of panels of the strip's weights, transposed
+  static constexpr int64_t across_group = 4;
+
+  int64_t padded() const { return block_.panels * NR; }
+  bool wants_hidden() const { return b_.grad_hidden != nullptr; }
+  bool wants_weight() const { return b_.grad_weight != nullptr || b_.grad_bias != nullptr; }
+
+ public:
+  BackwardBlock(const LinearBackwardArgs& b, const Block<T, E>& block, bool add)
+      : b_(b), a_(b.forward), r_(b.forward.row), block_(block), gradients_(b), H_(a_.width), width_panels_(panels_of(H_, MR)),
+        hidden_panels_(panels_of(H_, NR)), group_(panels_in_cache<T, E>(H_) * MR), add_(add),
+        panel_gradients_(block.panels, Uninitialized{}), by_rows_(wants_hidden() ? segment * padded() : 0, Uninitialized{}),
+        by_columns_(wants_weight() ? segment * padded() : 0, Uninitialized{}),
+        hidden_(b.grad_weight ? hidden_panels_ * NR * block.count : 0, Uninitialized{}), grad_hidden_(wants_hidden() ? width_panels_ * MR * padded() : 0),
+        weights_(r_.threads * group_ * block.units, Uninitialized{}), across_(wants_hidden() ? r_.threads * across_group * MR * segment : 0, Uninitialized{}) {
+    parallel_for(block.panels, r_.threads, [&](int64_t p, int) { panel_gradients_[p] = gradients_.of_panel(block.panel[p], block.lanes(p)); });
+    if (b.grad_weight)
+      parallel_for(hidden_panels_, r_.threads, [&](int64_t j, int) {
+        pack_across(a_.hidden, [&](int64_t k) { return block.rows[k]; }, j * NR, std::min(NR, H_ - j * NR), NR, block.count, hidden_.get() + j * NR * block.count);
+      });
+  }
+
+  void run() {
+    for (int64_t column = 0; column < r_.vocab; column += segment) {
+      const int64_t columns = std::min(segment, r_.vocab - column);
+      logit_gradients(column, columns);
+      if (wants_weight()) weight_gradients(column, columns);
+      if (wants_hidden()) hidden_gradients(column, columns);
+    }
+    if (wants_hidden()) write_hidden();
+  }
+
+ private:
+  void logit_gradients(int64_t strip, int64_t strip_columns) {
+    const int64_t groups = panels_of(strip_columns, group_);
+    const Chunks chunks(block_.panels, groups, r_.threads);
+    parallel_for(groups * chunks.count, r_.threads, [&](int64_t task, int worker) {
+      const int64_t first = chunks.first(task % chunks.count), last = chunks.last(task % chunks.count);
+      const int64_t begin = task / chunks.count * group_, n = std::min(group_, strip_columns - begin);
+      if (a_.logits) {
+        alignas(64) T tile[most_panels * MR * NR];
+        for (int64_t p = first; p < last; ++p) {
+          const T* stored = static_cast<const T*>(a_.logits) + (p * r_.vocab + strip + begin) * NR;
+          std::copy(stored, stored + n * NR, tile);
+          logit_gradient(strip, begin, n, p, tile);
+        }
+        return;
+      }
+      E* packed = weights_.get() + worker * group_ * block_.units;
+      pack_weights<T>(a_, strip + begin, n, packed);
+      multiply_group<T>(packed, panels_of(n, MR), block_.packed.get(), first, last, H_, [&](int64_t p, T* tile) {
+        finish_logits(a_, block_.panel[p], strip + begin, n, tile, [](int64_t, int64_t, T) {});
+        logit_gradient(strip, begin, n, p, tile);
+      });
+    });
+  }
+
+  // Of the tiles at column `at` of the strip and panel p of the rows; written twice, as the two products want it.
+  void logit_gradient(int64_t strip, int64_t at, int64_t columns, int64_t p, T* tile) {
+    gradient(a_, block_.panel[p], panel_gradients_[p], strip + at, columns, tile,
+             [&](int64_t row, int64_t k) { return static_cast<T>(gradients_.at_label(row, k) * scale_of(r_, row)); });
+    if (wants_hidden()) std::copy(tile, tile + columns * NR, by_rows_.get() + (p * segment + at) * NR);
+    if (!wants_weight()) return;
+    for (int64_t begin = 0; begin < columns; begin += MR) {
+      T* out = by_columns_.get() + (at + begin) * padded() + p * NR * MR;  // a panel of MR columns is MR * padded values
+      for (int64_t j = 0; j < block_.lanes(p); ++j)
+        for (int64_t i = 0; i < MR; ++i) out[j * MR + i] = begin + i < columns ? tile[(begin + i) * NR + j] : T(0);
+    }
+  }
+
+  void weight_gradients(int64_t strip, int64_t columns) {
+    constexpr int64_t at_once = 3;  // panels of d logits near while a panel of hidden states passes
+    parallel_for(panels_of(columns, at_once * MR), r_.threads, [&](int64_t task, int) {
+      alignas(64) T tiles[at_once][MR * NR];
+      const int64_t first = task * at_once, last = std::min(panels_of(columns, MR), first + at_once), step = 1024;
+      for (int64_t j = 0; j < (b_.grad_weight ? hidden_panels_ : 0); ++j) {
+        for (int64_t k = 0; k < block_.count; k += step)
+          for (int64_t i = first; i < last; ++i)
+            multiply_panels(by_columns_.get() + i * MR * padded() + k * MR, hidden_.get() + (j * block_.count + k) * NR,
+                            std::min(step, block_.count - k), tiles[i - first], k > 0);
+        for (int64_t i = first * MR; i < std::min(columns, last * MR); ++i)
+          write_values(b_.grad_weight, b_.grad_weight_dtype, (strip + i) * H_ + j * NR, tiles[i / MR - first] + i % MR * NR,
+                       std::min(NR, H_ - j * NR), add_);
+      }
+      if (!b_.grad_bias) return;
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t c = 0; c < std::min(MR, columns - i * MR); ++c) {
+          const T* p = by_columns_.get() + i * MR * padded() + c;
+          double sum = 0;
+          for (int64_t k = 0; k < block_.count; ++k) sum += p[k * MR];
+          T& out = static_cast<T*>(b_.grad_bias)[strip + i * MR + c];
+          out = static_cast<T>(add_ ? out + sum : sum);
+        }
+    });
+  }
+
+  void hidden_gradients(int64_t strip, int64_t columns) {
+    const int64_t groups = panels_of(width_panels_, across_group);
+    const Chunks chunks(block_.panels, groups, r_.threads);
+    parallel_for(groups * chunks.count, r_.threads, [&](int64_t task, int worker) {
+      T* packed = across_.get() + worker * across_group * MR * segment;
+      const int64_t first = task / chunks.count * across_group, n = std::min(across_group, width_panels_ - first);
+      for (int64_t i = 0; i < n; ++i)
+        pack_across(a_.weight, [&](int64_t k) { return strip + k; }, (first + i) * MR, std::min(MR, H_ - (first + i) * MR), MR, columns,
+                    packed + i * MR * columns);
+      alignas(64) T tile[MR * NR];
+      for (int64_t p = chunks.first(task % chunks.count); p < chunks.last(task % chunks.count); ++p)
+        for (int64_t i = 0; i < n; ++i) {
+          multiply_panels(packed + i * MR * columns, by_rows_.get() + p * segment * NR, columns, tile, false);
+          for (int64_t h = 0; h < MR; ++h) {
+            T* out = grad_hidden_.get() + ((first + i) * MR + h) * padded() + p * NR;
+            for (int64_t j = 0; j < NR; ++j) out[j] += tile[h * NR + j];
+          }
+        }
+    });
+  }
+
+  void write_hidden() {
+    parallel_for(block_.panels, r_.threads, [&](int64_t p, int) {
+      constexpr int64_t some = 256;
+      T values[some];
+      for (int64_t h = 0; h < H_; h += some)
+        for (int64_t j = 0; j < block_.lanes(p); ++j) {
+          const int64_t n = std::min(some, H_ - h);
+          for (int64_t i = 0; i < n; ++i) values[i] = grad_hidden_[(h + i) * padded() + p * NR + j];
+          write_values(b_.grad_hidden, a_.hidden.dtype, block_.rows[p * NR + j] * H_ + h, values, n, false);
+        }
+    });
+  }
+};
+
+template <class T>
+void clear(const LinearBackwardArgs& b) {
+  const LinearArgs& a = b.forward;
+  if (b.grad_hidden) std::memset(b.grad_hidden, 0, a.row.rows * a.width * element_size(a.hidden.dtype));
+  if (b.accumulate) return;
+  if (b.grad_weight) std::memset(b.grad_weight, 0, a.row.vocab * a.width * element_size(b.grad_weight_dtype));
+  if (b.grad_bias) std::memset(b.grad_bias, 0, a.row.vocab * sizeof(T));
+}
+
+template <class T, class E>
+void backward(const LinearBackwardArgs& b) {
+  const LinearArgs& a = b.forward;
+  const RowGradients<T> gradients(b);
+  Scratch<int64_t> rows(a.row.rows, Uninitialized{});
+  const int64_t count = counted_rows(a.row, rows.get(), [&](int64_t i) { return a.logits || gradients.any(i); });
+  if (count < a.row.rows || count == 0 || a.row.kept_indptr) clear<T>(b);
+  if (a.row.kept_indptr) return sparse_backward<T>(b, rows.get(), count, gradients);
+  const int64_t size = rows_at_once<T>(a, count, (3 * a.width + 2 * segment) * static_cast<int64_t>(sizeof(T)));
+  // several blocks add up in the output where it is wide enough, else in `sums`
+  const bool narrow = b.grad_weight && b.grad_weight_dtype != a.row.logits.dtype && !b.accumulate && !b.narrow_sums && count > size;
+  const int64_t values = a.row.vocab * a.width;
+  Scratch<T> sums(narrow ? values : 0, Uninitialized{});
+  LinearBackwardArgs to = b;
+  if (narrow) to.grad_weight = sums.get(), to.grad_weight_dtype = a.row.logits.dtype;
+  for (int64_t begin = 0; begin < count; begin += size) {
+    const Block<T, E> block(a, rows.get() + begin, std::min(size, count - begin), a.row.threads);
+    BackwardBlock<T, E>(to, block, b.accumulate || begin > 0).run();
+  }
+  if (narrow)
+    parallel_for(a.row.vocab, a.row.threads, [&](int64_t i, int) {
+      write_values(b.grad_weight, b.grad_weight_dtype, i * a.width, sums.get() + i * a.width, a.width, false);
+    });
+}
+
+// f(compute type, operand type) for the dtypes of a call.
+template <class F>
+void with_types(const LinearArgs& a, F&& f) {
+  if (a.row.logits.dtype == DType::f64) return f(double{}, double{});
+#if FASTRLHF_ISA_LEVEL == 3
+  if (a.hidden.dtype == DType::bf16 && a.weight.dtype == DType::bf16) return f(float{}, Pair{});
+#endif
+  f(float{}, float{});
+}
+
+}  // namespace
+
+void linear_logprobs_forward(const LinearArgs& a) {
+  with_types(a, [&](auto t, auto e) { forward<decltype(t), decltype(e)>(a); });
+}
+
+void linear_logprobs_backward(const LinearBackwardArgs& b) {
+  with_types(b.forward, [&](auto t, auto e) { backward<decltype(t), decltype(e)>(b); });
+}
+
+}}  // namespace

@@ -1,0 +1,115 @@
+"""`fastrlhf verify`: whether the operations, and the seams of the frameworks installed here, are right on this machine.
+
+Every operation is compared with its definition in float64 on inputs that have broken kernels elsewhere; it passes with at most
+twice the error of plain float32 PyTorch, plus 1e-6. Every seam of a host is compared with the host's own function: results,
+dtypes, gradients, errors. Exit status: 0 if all passed, 1 if not, 2 for a mistake in the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+from ..integrations import HOSTS, host, patching
+from ..integrations.seam import Host, Sizes
+from ..verification.cases import Shapes, cases
+from ..verification.checking import check
+from ..verification.large import check_large
+from ..verification.report import Findings
+from ..verification.seams import Speed, check_seams
+from .doctor import diagnose
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT = {"cpu": "4x128x32000", "cuda": "4x512x151936"}
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parser().parse_args(list(argv))
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
+    kind = torch.device(device).type
+    shapes = parse_shapes(options.shapes or DEFAULT[kind])
+    findings = verify(
+        shapes, DTYPES[options.dtype], device, options.backend, chosen_hosts(options.host), options.hidden,
+        measure=not options.no_speed, large=not options.no_large,
+    )  # fmt: skip
+    if options.out:
+        Path(options.out).write_text(json.dumps(findings.to_dict(), indent=1) + "\n")
+    print(json.dumps(findings.to_dict(), indent=1) if options.json else findings)
+    return 1 if findings.failed else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("fastrlhf verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--host", action="append", help=f"one of {', '.join(HOSTS)}, all or none; repeatable; default: those installed"
+    )
+    p.add_argument("--shapes", help="rows x tokens x vocabulary, as 8x1024x151936; default: 4x128x32000, on a GPU 4x512x151936")
+    p.add_argument("--hidden", type=int, default=256, help="hidden size, for the seams that take hidden states")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of logits and hidden states")
+    p.add_argument("--device", help="cpu, cuda or cuda:1; default: cuda where there is one")
+    p.add_argument("--backend", help="cuda, triton, cpu or reference, for the operations; default: what is chosen here")
+    p.add_argument("--no-speed", action="store_true", help="compare, do not time")
+    p.add_argument("--no-large", action="store_true", help="leave out logits of more than 2^31 elements")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument("--out", help="write JSON to this file too")
+    return p
+
+
+def verify(
+    shapes: Shapes, dtype: torch.dtype, device: str, backend: str | None, hosts: Sequence[Host], hidden: int, *,
+    measure: bool, large: bool,
+) -> Findings:  # fmt: skip
+    """All comparisons; what fails is in the findings."""
+    found = diagnose()
+    kind = torch.device(device).type
+    versions = dict(found["versions"]) | {h.name: patching.host_version(h) for h in hosts}
+    findings = Findings(versions, device, str(dtype), str(shapes), {op: b[kind] for op, b in found["backends"].items()})
+    for case in cases(shapes, dtype, device):
+        findings.results.append(check(case, backend))
+    if large:
+        result = check_large(device, backend)
+        if result is None:
+            findings.notes.append("not compared: logits of more than 2^31 elements, for which memory does not suffice")
+        else:
+            findings.results.append(result)
+    sizes = Sizes(shapes.rows, shapes.length, shapes.vocab, hidden, dtype, device)
+    for h in hosts:
+        if versions[h.name] is None:
+            findings.notes.append(f"not compared: {h.name}, which is not installed")
+            continue
+        for item in check_seams(h, sizes, measure=measure):
+            if isinstance(item, Speed):
+                findings.speeds.append(item)
+            else:
+                findings.results.append(item)
+    return findings
+
+
+def parse_shapes(text: str) -> Shapes:
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise UserError(f"--shapes: expected rows x tokens x vocabulary, as 4x128x32000, got {text!r}")
+    return Shapes(*map(int, parts))
+
+
+def chosen_hosts(names: Sequence[str] | None) -> list[Host]:
+    if names is None:
+        return [h for h in map(host, HOSTS) if importlib.util.find_spec(h.package) is not None]
+    for name in names:
+        if name not in (*HOSTS, "all", "none"):
+            raise UserError(f"--host: must be one of {', '.join(HOSTS)}, all or none, got {name!r}")
+    return [host(n) for n in HOSTS if n in names or "all" in names]
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:
+        raise UserError(f"--device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error

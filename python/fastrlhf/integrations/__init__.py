@@ -1,0 +1,84 @@
+"""fastrlhf under other frameworks: their functions replaced by ours, seam by seam, each compared with theirs first."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from .imports import watch
+from .report import Report, Status
+
+_installed: frozenset[str] = frozenset()
+HOSTS = ("trl", "verl", "openrlhf", "nemo_rl", "slime")
+
+__all__ = ["HOSTS", "Report", "Status", "host", "install", "patch", "unpatch"]
+
+
+def host(name: str) -> Any:
+    """The `Host` of this name: its seams and the versions they were tested with."""
+    if name not in HOSTS:
+        raise ValueError(f"host: must be one of {HOSTS}, got {name!r}")
+    return importlib.import_module(f"fastrlhf.integrations.hosts.{name}").HOST
+
+
+def patch(name: str, *, quiet: bool = False) -> Report:
+    """Replaces a framework's functions by ours, in this process.
+
+    Each seam is compared with the host's own function first, on small inputs on the CPU with interior gaps in the masks,
+    clamps, dtypes and gradients, and goes live only if results, dtypes, gradients and errors agree. Seams in modules that are
+    costly to import or need what is not installed wait until the host imports them. A second call changes nothing.
+
+    Args:
+        name: "trl", "verl", "openrlhf", "nemo_rl" or "slime".
+        quiet: do not print the report to stderr.
+
+    Returns:
+        A `Report`: for every seam whether it is live, and if not, why.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    from .patching import apply
+
+    report = apply(host(name), eager=True)
+    if not quiet:
+        print(report, file=sys.stderr)
+    return report
+
+
+def unpatch(name: str | None = None) -> list[Report]:
+    """Puts back every function of a host (None: of all hosts), in every module that holds ours. Returns a report each."""
+    from .patching import remove
+
+    return [remove(host(n)) for n in (HOSTS if name is None else (name,))]
+
+
+def install(names: str | None = None) -> None:
+    """Patches frameworks when they are imported, without importing them. `import fastrlhf` does it where FASTRLHF_PATCH is set.
+
+    Args:
+        names: comma-separated; None takes the environment variable FASTRLHF_PATCH.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    from .patching import apply, log
+
+    global _installed
+    for name in filter(
+        None, (n.strip() for n in (os.environ.get("FASTRLHF_PATCH", "") if names is None else names).split(","))
+    ):
+        found = host(name)
+        if name in _installed:
+            continue
+        _installed |= {name}
+
+        def when_imported(_: Any, found: Any = found) -> None:
+            log(str(apply(found, eager=False)))
+
+        if found.package in sys.modules:
+            when_imported(None)
+        else:
+            watch.add(found.package, when_imported)

@@ -1,0 +1,152 @@
+"""Whether a replacement agrees with the host's function: results, dtypes, gradients and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .seam import Call, Function, declines
+
+# relative and absolute, of results that both functions compute in the dtype or better and round once
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+class Disagreement(Exception):
+    """A replacement does not do what the host's function does."""
+
+
+class Agreement(NamedTuple):
+    """`error`: the largest |ours - host's| / (1 + |host's|) of results and gradients; `declined`: why ours left the call to
+    the host."""
+
+    error: float
+    declined: str = ""
+
+
+def compare(original: Function, replacement: Function, call: Call) -> Agreement:
+    """Calls both; raises `Disagreement` where they differ."""
+    with declines() as reasons:
+        found = _compare_call(original, replacement, call)
+    return found._replace(declined=reasons[0]) if reasons else found
+
+
+def _compare_call(original: Function, replacement: Function, call: Call) -> Agreement:
+    torch_state = torch.get_rng_state()
+    try:
+        theirs = _run(original, call) if call.differs is None else None
+        ours = _run(replacement, call)
+    finally:
+        torch.set_rng_state(torch_state)
+    if call.differs is not None:
+        if isinstance(ours, Exception):
+            raise Disagreement(f"{call.name}: ours raised {type(ours).__name__}: {ours}")
+        if not all(bool(torch.isfinite(t).all()) for t in tensors(ours) if t.is_floating_point()):
+            raise Disagreement(f"{call.name}: ours is not finite")
+        return Agreement(0.0)
+    if call.raises is not None or isinstance(theirs, Exception) or isinstance(ours, Exception):
+        return _compare_errors(theirs, ours, call)
+    return Agreement(max((_compare(a, b, path, call) for path, a, b in _pairs(ours, theirs, call)), default=0.0))
+
+
+def _run(function: Function, call: Call) -> Any:
+    args, kwargs = _clone(call.args), _clone(call.kwargs)
+    wanted = [args[i].requires_grad_() for i in call.grads]
+    inputs = [_through(args[i]) if i in call.grads else args[i] for i in range(len(args))]
+    try:
+        result = function(*inputs, **kwargs)
+    except Exception as error:
+        return error
+    if not wanted:
+        return result
+    outputs = [t for t in tensors(result) if t.requires_grad]
+    total = sum(((o.double() * _weights(o)).sum() for o in outputs), torch.zeros((), dtype=torch.float64))
+    grads = torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [None] * len(wanted)
+    return result, [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, grads, strict=True)]
+
+
+def _through(t: Tensor) -> Tensor:
+    """Not a leaf: some functions write over their input."""
+    return t * 1.0
+
+
+def _weights(t: Tensor) -> Tensor:
+    return torch.linspace(0.5, 1.5, max(t.numel(), 1), dtype=torch.float64, device=t.device)[: t.numel()].view(t.shape)
+
+
+def _clone(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.detach().clone()
+    if isinstance(x, dict):
+        return {k: _clone(v) for k, v in x.items()}
+    if isinstance(x, list | tuple) and not hasattr(x, "_fields"):
+        return type(x)(_clone(v) for v in x)
+    return x
+
+
+def tensors(x: Any) -> Iterator[Tensor]:
+    """Those in a result, however deep."""
+    for _, leaf in _leaves(x, ""):
+        if isinstance(leaf, Tensor):
+            yield leaf
+
+
+def _pairs(ours: Any, theirs: Any, call: Call) -> Iterator[tuple[str, Any, Any]]:
+    a, b = list(_leaves(ours, "result")), list(_leaves(theirs, "result"))
+    if [p for p, _ in a] != [p for p, _ in b]:
+        raise Disagreement(f"{call.name}: the results' structure differs: {[p for p, _ in a]} and {[p for p, _ in b]}")
+    for (path, x), (_, y) in zip(a, b, strict=True):
+        yield path, x, y
+
+
+def _leaves(x: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(x, dict):
+        for k in sorted(x):
+            yield from _leaves(x[k], f"{path}[{k!r}]")
+    elif isinstance(x, list | tuple):
+        for i, v in enumerate(x):
+            yield from _leaves(v, f"{path}[{i}]")
+    else:
+        yield path, x
+
+
+def _compare(ours: Any, theirs: Any, path: str, call: Call) -> float:
+    if not isinstance(theirs, Tensor):
+        if isinstance(theirs, float) and isinstance(ours, float):
+            ours, theirs = torch.tensor(ours), torch.tensor(theirs)
+        elif ours is theirs or ours == theirs:
+            return 0.0
+        else:
+            raise Disagreement(f"{call.name}: {path} is {ours!r}, the host's {theirs!r}")
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        raise Disagreement(
+            f"{call.name}: {path} is {ours.dtype} {tuple(ours.shape)}, the host's {theirs.dtype} {tuple(theirs.shape)}"
+        )
+    if not theirs.is_floating_point():
+        if not torch.equal(ours, theirs):
+            raise Disagreement(f"{call.name}: {path} differs in {int((ours != theirs).sum())} of {ours.numel()} elements")
+        return 0.0
+    tolerance = call.tolerance or TOLERANCES[theirs.dtype]
+    a, b = ours.detach().double().cpu(), theirs.detach().double().cpu()
+    same = (a == b) | (a.isnan() & b.isnan())
+    error = torch.where(same, torch.zeros_like(a), (a - b).abs() / (1 + b.abs()))
+    worst = float(error.max()) if error.numel() else 0.0
+    if not worst <= tolerance:
+        at = int(error.nan_to_num(nan=float("inf")).argmax())
+        raise Disagreement(
+            f"{call.name}: {path} is {float(a.flatten()[at]):.8g}, the host's {float(b.flatten()[at]):.8g} "
+            f"(error {worst:.2g}, tolerance {tolerance:.2g})"
+        )
+    return worst
+
+
+def _compare_errors(theirs: Any, ours: Any, call: Call) -> Agreement:
+    expected = call.raises or type(theirs)
+    for name, got in (("the host", theirs), ("ours", ours)):
+        if not isinstance(got, expected):
+            what = f"raised {type(got).__name__}: {got}" if isinstance(got, Exception) else "raised nothing"
+            names = " or ".join(e.__name__ for e in (expected if isinstance(expected, tuple) else (expected,)))
+            raise Disagreement(f"{call.name}: {name} {what}; expected {names}")
+    return Agreement(0.0)

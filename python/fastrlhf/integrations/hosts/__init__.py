@@ -1,0 +1,1 @@
+"""The seams of each framework, as data."""

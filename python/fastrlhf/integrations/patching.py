@@ -1,0 +1,286 @@
+"""Puts replacements where a host keeps its functions, and takes them out again."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any
+
+from .agreement import Disagreement, compare
+from .imports import Callback, watch
+from .report import LIVE, NOT_LIVE, WAITING, Report, Status
+from .seam import Entry, Host, Seam, Sizes, logger
+
+_lock = threading.RLock()
+UNKNOWN = "unknown"
+
+
+class Unavailable(Exception):
+    """A seam cannot be served here; the message says why."""
+
+
+@dataclass
+class Place:
+    """A name that holds a function: of a module, of a class, or a key of a dict."""
+
+    holder: Any
+    key: str
+    item: bool = False
+
+    def get(self) -> Any:
+        return self.holder.get(self.key) if self.item else vars(self.holder).get(self.key)
+
+    def put(self, value: Any) -> None:
+        if self.item:
+            self.holder[self.key] = value
+        else:
+            setattr(self.holder, self.key, value)
+
+
+@dataclass
+class Applied:
+    """A seam that is live. `original` None is a registry's entry, which is taken out again."""
+
+    status: Status
+    replacement: Any
+    original: Any
+    places: list[Place]
+
+
+@dataclass
+class State:
+    """Of one host in this process."""
+
+    host: Host
+    applied: dict[str, Applied] = field(default_factory=dict)
+    waiting: dict[str, Callback] = field(default_factory=dict)
+
+
+_states: dict[str, State] = {}
+
+
+def host_version(host: Host) -> str | None:
+    """The installed version; None where the host cannot be imported."""
+    if host.package not in sys.modules and importlib.util.find_spec(host.package) is None:
+        return None
+    try:
+        return version(host.distribution)
+    except PackageNotFoundError:
+        return str(getattr(sys.modules.get(host.package), "__version__", UNKNOWN))
+
+
+def is_tested(host: Host, found: str | None) -> bool:
+    """Whether a version lies in the tested range, compared by its first two numbers."""
+    return found is not None and _numbers(host.tested[0]) <= _numbers(found) <= _numbers(host.tested[1])
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split(".")[:2]
+    return tuple(int(p) if p.isdigit() else -1 for p in parts)
+
+
+def apply(host: Host, *, eager: bool) -> Report:
+    """Makes live what can be; idempotent. `eager` imports the modules of the host that are not marked `on_import`."""
+    found = host_version(host)
+    if found == UNKNOWN and eager:
+        importlib.import_module(host.package)
+        found = host_version(host)
+    known = is_tested(host, found)
+    report = Report(host.name, found, host.tested, known)
+    with _lock:
+        state = _states.setdefault(host.name, State(host))
+        for seam in host.seams:
+            if found is None:
+                report.seams.append(Status(seam.name, seam.op, NOT_LIVE, f"{host.package} is not installed"))
+            else:
+                report.seams.append(_apply_or_wait(state, seam, known, eager and not seam.on_import))
+    return report
+
+
+def _apply_or_wait(state: State, seam: Seam | Entry, known: bool, eager: bool) -> Status:
+    if seam.name in state.applied:
+        return state.applied[seam.name].status
+    module = sys.modules.get(seam.module)
+    if module is not None and _is_being_imported(module):
+        module = None
+    elif module is None and eager:
+        try:
+            module = importlib.import_module(seam.module)
+        except Exception as error:
+            return Status(seam.name, seam.op, NOT_LIVE, f"{seam.module} cannot be imported: {type(error).__name__}: {error}")
+    if module is not None:
+        return _apply(state, seam, module, known)
+    if seam.name not in state.waiting:
+
+        def when_imported(module: ModuleType) -> None:
+            with _lock:
+                state.waiting.pop(seam.name, None)
+                status = _apply(state, seam, module, known)
+                log(f"{status.seam}: {status.state}{'; ' + status.note if status.note else ''}")
+
+        state.waiting[seam.name] = when_imported
+        watch.add(seam.module, when_imported)
+    return Status(seam.name, seam.op, WAITING, f"until {seam.module} is imported")
+
+
+def _is_being_imported(module: ModuleType) -> bool:
+    return bool(getattr(module.__spec__, "_initializing", False))
+
+
+def _apply(state: State, seam: Seam | Entry, module: ModuleType, known: bool) -> Status:
+    try:
+        applied = _add(seam, module) if isinstance(seam, Entry) else _replace(state.host, seam, module, known)
+    except (Unavailable, Disagreement) as error:
+        return Status(seam.name, seam.op, NOT_LIVE, str(error))
+    except Exception as error:  # a host that changed may break anything here: it keeps its own function
+        logger.debug("%s", seam.name, exc_info=True)
+        return Status(seam.name, seam.op, NOT_LIVE, f"{type(error).__name__}: {error}")
+    state.applied[seam.name] = applied
+    return applied.status
+
+
+def require_op(op: str) -> None:
+    """Raises `Unavailable` where this build has no such operation."""
+    from .. import ops
+
+    if not hasattr(ops, op):
+        raise Unavailable(f"{op} is not in this build")
+
+
+def _add(entry: Entry, module: ModuleType) -> Applied:
+    require_op(entry.op)
+    registry = getattr(module, entry.registry, None)
+    if not isinstance(registry, dict):
+        raise Unavailable(f"{entry.module} has no dict {entry.registry}")
+    if entry.key in registry:
+        raise Unavailable(f"{entry.registry} has {entry.key!r} already")
+    function = entry.build(module)
+    place = Place(registry, entry.key, item=True)
+    place.put(function)
+    return Applied(Status(entry.name, entry.op, LIVE, "a new name", 1), function, None, [place])
+
+
+def find(seam: Seam, module: ModuleType) -> tuple[Place, Any]:
+    """Where a seam is, and what is there."""
+    *path, key = seam.attribute.split(".")
+    holder: Any = module
+    for part in path:
+        holder = vars(holder).get(part)
+        if holder is None:
+            raise Unavailable(f"{seam.module} has no {part}")
+    value = vars(holder).get(key)
+    if value is None:
+        raise Unavailable(f"{seam.module} has no {seam.attribute}")
+    return Place(holder, key), value
+
+
+def _replace(host: Host, seam: Seam, module: ModuleType, known: bool) -> Applied:
+    require_op(seam.op)
+    place, original = find(seam, module)
+    if getattr(original, "__fastrlhf__", False):
+        raise Unavailable("patched by another copy of fastrlhf")
+    replacement = seam.build(original)
+    error, note = None, ""
+    if seam.calls is not None:
+        error = verified(seam, original, replacement)
+    elif not known:
+        raise Unavailable(
+            f"cannot be compared with the host's function here ({seam.unverified}), and the version is not tested"
+        )
+    else:
+        note = f"not compared: {seam.unverified}"
+    places = [place, *_others(host, seam, module, original, place)]
+    for p in places:
+        p.put(replacement)
+    return Applied(Status(seam.name, seam.op, LIVE, note, len(places), error), replacement, original, places)
+
+
+def verified(seam: Seam, original: Any, replacement: Any) -> float:
+    """The largest difference in the seam's calls on small inputs on the CPU; of calls that neither the host rounds nor ours
+    leaves to it."""
+    assert seam.calls is not None
+    theirs, ours = seam.function(original), seam.function(replacement)
+    errors = []
+    for call in seam.calls(Sizes()):
+        found = compare(theirs, ours, call)
+        if not found.declined and (call.tolerance or 0) <= 1e-3:
+            errors.append(found.error)
+    if not errors:
+        raise Unavailable("every call is left to the host's own function")
+    return max(errors)
+
+
+def _others(host: Host, seam: Seam, module: ModuleType, value: Any, first: Place) -> Iterator[Place]:
+    """The other names of the host that hold a value: modules that imported it by name, registries."""
+    if "." not in seam.attribute:
+        for loaded in _modules(host):
+            for key, held in list(vars(loaded).items()):
+                if held is value and not (loaded is first.holder and key == first.key):
+                    yield Place(loaded, key)
+    for name in seam.registries:
+        registry = vars(module).get(name)
+        if isinstance(registry, dict):
+            for key, held in list(registry.items()):
+                if held is value:
+                    yield Place(registry, key, item=True)
+
+
+def _modules(host: Host) -> list[ModuleType]:
+    prefix = host.package + "."
+    found = [m for n, m in list(sys.modules.items()) if n == host.package or n.startswith(prefix)]
+    return [m for m in found if isinstance(m, ModuleType)]
+
+
+def remove(host: Host) -> Report:
+    """Puts back what was there."""
+    found = host_version(host)
+    report = Report(host.name, found, host.tested, is_tested(host, found))
+    with _lock:
+        state = _states.pop(host.name, State(host))
+        for callback in state.waiting.values():
+            watch.remove(callback)
+        for applied in reversed(list(state.applied.values())):
+            report.seams.append(_restore(host, applied))
+    return report
+
+
+def _restore(host: Host, applied: Applied) -> Status:
+    places = list(applied.places)
+    if applied.original is not None:
+        for loaded in _modules(host):  # also those that imported the replacement by name
+            known = {(id(p.holder), p.key) for p in places}
+            places += [
+                Place(loaded, k)
+                for k, v in list(vars(loaded).items())
+                if v is applied.replacement and (id(loaded), k) not in known
+            ]
+    left = 0
+    for place in places:
+        if place.get() is not applied.replacement:
+            left += 1  # someone else patched over it
+        elif applied.original is None:
+            del place.holder[place.key]
+        else:
+            place.put(applied.original)
+    note = "the host's own again"
+    if left:
+        note += f"; {left} name(s) hold a third function, which was left"
+    return Status(applied.status.seam, applied.status.op, NOT_LIVE, note)
+
+
+def log(message: str) -> None:
+    """At INFO, where it is seen: hosts set the root logger to WARNING, and some set up no logging at all."""
+    parent = logging.getLogger("fastrlhf")
+    if parent.level == logging.NOTSET:
+        parent.setLevel(logging.INFO)
+    if logger.hasHandlers():
+        logger.info("%s", message)
+    elif logger.isEnabledFor(logging.INFO):
+        print(message, file=sys.stderr)

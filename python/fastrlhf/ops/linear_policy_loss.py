@@ -1,0 +1,337 @@
+"""A policy loss straight from hidden states, its gradients made in the forward: three products instead of four, no logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.linear_logprobs import chunked
+from ..kernels.linear_logprobs.chunked import Tile, Tiles
+from ..kernels.policy_loss.reference import STATS, RolloutCorrection
+from . import checks, hopper_head, value_checks
+from .backend import DTYPES, address, empty, extension, result_dtype, threads
+from .distributed import all_gather
+from .linear_logprobs import WORKSPACE, HeadCall, Results, head_inputs, linear_logprobs, merge_parts
+from .logprobs import Kept, combine, differentiate, fold, kept_parts, softmax_options
+from .policy_loss import PolicyLoss, policy_loss
+from .stats import LossStats
+
+BY_TOKEN = ("ppo", "reinforce", "gpg", "cispo", "sapo")
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    kept: Kept | None = None,
+    vocab_parallel: Any = None,
+    workspace_bytes: int = WORKSPACE,
+    weight_grad_dtype: torch.dtype = torch.float32,
+    workspace_dtype: torch.dtype = torch.float32,
+    kind: str = "ppo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ratio_clamp: float | None = None,
+    delta: float | None = None,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+    rollout_logprobs: Tensor | None = None,
+    rollout_correction: RolloutCorrection | str | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: str = "k3",
+    entropy_coef: float = 0.0,
+    reduction: str = "token-mean",
+    denominator: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    group: Any = None,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """`policy_loss` of `linear_logprobs(hidden, weight, labels)`; the same numbers to rounding, in 6 N V H flops instead of 8.
+
+    A token-level loss's gradient is known as soon as the row's log-prob is: each block of rows is multiplied out once, its
+    statistics give the log-probs, these the loss's gradient, and while the block's logits are still in the workspace they
+    become d logits and, by two more products, what the block adds to the gradients of hidden, weight and bias.
+
+    Args:
+        hidden: (B, T, H), packed (total, H) with `cu_seqlens`, or (T, H). weight, labels, bias, temperature, softcap,
+            ignore_index, kept, vocab_parallel, weight_grad_dtype, workspace_dtype: as for `linear_logprobs`; one label a row.
+        mask: the leading shape; None counts every row whose label is not ignore_index. A row where it is 0 costs nothing.
+        workspace_bytes: the logits of a block of rows lie in it, at least one panel of rows.
+        kind: a token-level one: ppo, reinforce (gpg), cispo, sapo. The rest: as for `policy_loss`; the entropy that
+            entropy_coef weighs is the rows'.
+
+    Returns:
+        `PolicyLoss(loss, stats)`, as `policy_loss`. Its backward can be called once.
+
+    Raises:
+        TypeError, ValueError, IndexError: as the two ops; ValueError for a sequence-level kind, whose gradient needs the whole
+        sequence: call `policy_loss(linear_logprobs(...).logprobs, ...)` for these.
+    """
+    if kind not in BY_TOKEN:
+        raise ValueError(
+            f"kind: expected one of {BY_TOKEN}, got {kind!r}; a sequence-level loss needs every log-prob of a sequence first: "
+            "policy_loss(linear_logprobs(...).logprobs, ...)"
+        )
+    backend = head_inputs(
+        "linear_policy_loss", hidden, weight, bias, workspace_bytes, weight_grad_dtype, workspace_dtype, backend
+    )
+    lead, vocab = hidden.shape[:-1], weight.shape[0]
+    if labels.shape != lead:
+        raise ValueError(f"labels: expected shape {tuple(lead)}, got {checks.shape_of(labels)}")
+    temperature, temperatures, parallel = softmax_options(
+        "hidden", hidden, lead, vocab, labels, temperature, softcap, kept, vocab_parallel
+    )
+    if mask is None:
+        mask = labels != ignore_index
+    loss_options: dict[str, Any] = {
+        "kind": kind, "clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "ratio_clamp": ratio_clamp,
+        "delta": delta, "tau_pos": tau_pos, "tau_neg": tau_neg, "ref_logprobs": ref_logprobs, "kl_coef": kl_coef, "kl": kl,
+        "entropy_coef": entropy_coef,
+    }  # fmt: skip
+    over: dict[str, Any] = {
+        "rollout_logprobs": rollout_logprobs, "rollout_correction": rollout_correction, "reduction": reduction,
+        "denominator": denominator, "cu_seqlens": cu_seqlens, "group": group, "backend": backend,
+    }  # fmt: skip
+    inputs = [t for t in (hidden, weight, bias) if t is not None]
+    wants = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if not wants or backend == "reference":
+        out = linear_logprobs(
+            hidden, weight, labels, bias=bias, temperature=temperature if temperatures is None else temperatures.view(lead),
+            softcap=softcap, ignore_index=ignore_index, kept=kept, vocab_parallel=parallel, entropy=True,
+            workspace_bytes=workspace_bytes, backend=backend,
+        )  # fmt: skip
+        assert out.entropy is not None
+        return policy_loss(out.logprobs, old_logprobs, advantages, mask, entropy=out.entropy, **loss_options, **over)
+
+    kept_mask, indptr, indices = kept_parts(kept)
+    start, total = (parallel.vocab_start, parallel.vocab_size) if parallel else (0, vocab)
+    if value_checks.wanted(backend):
+        value_checks.labels(labels, total, ignore_index)
+        value_checks.temperatures(temperatures)
+        value_checks.kept(indptr, indices, total)
+    counted = torch.where(mask != 0, labels, torch.full_like(labels, ignore_index))
+    call = HeadCall(
+        hidden.detach(), weight.detach(), None if bias is None else bias.detach(), counted, temperatures, kept_mask,
+        indptr, indices, float(temperature), softcap or 0.0, ignore_index, start, total, workspace_bytes,
+        weight_grad_dtype not in (torch.float32, torch.float64), workspace_dtype == torch.bfloat16,
+    )  # fmt: skip
+    tokens = _Tokens(old_logprobs, advantages, mask, loss_options, over)
+    loss, values = _InForward.apply(hidden, weight, bias, call, tokens, parallel.group if parallel else None, backend)
+    return PolicyLoss(loss, LossStats(values, STATS))
+
+
+# A block's logits as the backend keeps them from its forward to its gradient; None: it does not.
+Logits = Tensor | hopper_head.Exponentials | None
+
+
+class _Tokens:
+    """The loss's side: what each token weighs, and the gradients of some tokens' log-probs and entropies."""
+
+    def __init__(self, old: Tensor, advantages: Tensor, mask: Tensor, loss: dict[str, Any], over: dict[str, Any]) -> None:
+        self.old, self.advantages, self.mask, self.loss, self.over = old, advantages, mask, loss, over
+        self.weights, corrected = self._weights(None), self.weights_of_correction()
+        token_level = advantages.shape == old.shape
+        spread = advantages if token_level else self._spread(advantages)
+        if (
+            corrected is not None
+        ):  # a loss is homogeneous in its advantage: the importance weight goes there, not to KL and entropy
+            ratio = torch.where(self.weights != 0, corrected / self.weights, torch.zeros_like(corrected))
+            spread = spread.to(ratio.dtype) * ratio
+        self.token_advantages = spread.reshape(-1)
+
+    def _weights(self, correction: Any) -> Tensor:
+        """d loss / d loss of a token, from the loss's own code: that of -logprobs, summed as the loss is."""
+        with torch.enable_grad():
+            at = torch.zeros_like(self.old, dtype=result_dtype(self.old)).requires_grad_()
+            options = self.over | {"rollout_correction": correction}
+            if correction is None:
+                options["rollout_logprobs"] = None
+            loss = policy_loss(at, self.old, -torch.ones_like(at), self.mask, kind="reinforce", **options).loss
+            (weights,) = torch.autograd.grad(loss, at)
+        return weights
+
+    def weights_of_correction(self) -> Tensor | None:
+        correction = self.over["rollout_correction"]
+        return None if correction is None else self._weights(correction)
+
+    def _spread(self, per_row: Tensor) -> Tensor:
+        """(B) as one value a token."""
+        cu = self.over["cu_seqlens"]
+        if cu is None:
+            return per_row.unsqueeze(1).expand_as(self.old) if self.old.dim() == 2 else per_row.expand_as(self.old)
+        at = torch.arange(self.old.shape[0], device=cu.device)
+        row = torch.searchsorted(cu.long(), at, right=True) - 1
+        return per_row[row.clamp(0, per_row.shape[0] - 1)]
+
+    def gradients(self, rows: Tensor | slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """d loss / d logprobs and d loss / d entropy of these tokens."""
+        lp, wants_entropy = logprobs.detach().requires_grad_(), self.loss["entropy_coef"] != 0
+        H = entropy.detach().requires_grad_(wants_entropy)
+        options = dict(self.loss)
+        if options["ref_logprobs"] is not None:
+            options["ref_logprobs"] = options["ref_logprobs"].reshape(-1)[rows]
+        with torch.enable_grad():
+            loss = policy_loss(
+                lp, self.old.reshape(-1)[rows], self.token_advantages[rows], self.weights.reshape(-1)[rows], entropy=H,
+                reduction="token-sum", backend=self.over["backend"], **options,
+            ).loss  # fmt: skip
+            grads = torch.autograd.grad(loss, (lp, H) if wants_entropy else (lp,))
+        return grads[0], grads[1] if wants_entropy else None
+
+    def whole(self, logprobs: Tensor, entropy: Tensor) -> PolicyLoss:
+        return policy_loss(logprobs, self.old, self.advantages, self.mask, entropy=entropy, **self.loss, **self.over)
+
+
+class _InForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, tokens: _Tokens, group: Any, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[:3]
+        lead, dtype = hidden.shape[:-1], result_dtype(hidden)
+        sums = _Sums(call, wanted, backend)
+        lp, entropy = (torch.zeros(lead, dtype=dtype, device=hidden.device) for _ in range(2))
+        for rows in _blocks(call, backend):
+            block = _of_rows(call, rows)
+            results, logits = _multiply_out(block, group, backend)
+            assert results.entropy is not None
+            lp.view(-1)[rows] = results.logprobs
+            entropy.view(-1)[rows] = results.entropy
+            grads = tokens.gradients(rows, results.logprobs, results.entropy)
+            sums.add(block, rows, results, (*grads, None), logits)
+            del logits  # before the next block's are made
+        loss, stats = tokens.whole(lp, entropy)
+        ctx.grads = sums.results()
+        ctx.mark_non_differentiable(stats.values)
+        return loss.detach(), stats.values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("linear_policy_loss: its gradients were made once and are gone; call it again")
+        grads, ctx.grads = ctx.grads, None
+        if not (grad_loss.is_cpu and float(grad_loss) == 1):
+            for g in grads:
+                if g is not None:
+                    g.mul_(grad_loss.to(g.dtype) if g.dtype == torch.float64 else grad_loss.float())
+        return *grads, *[None] * 4
+
+
+def _blocks(call: HeadCall, backend: str) -> list[Any]:
+    """Rows whose logits fit the workspace together. Where looking costs nothing, only those that count."""
+    height = max(1, call.workspace_bytes // (call.weight.shape[0] * result_dtype(call.hidden).itemsize))
+    if backend == "cpu":
+        height = max(32, height // 32 * 32)
+        rows = (call.labels.reshape(-1) != call.ignore_index).nonzero().squeeze(1)
+        return list(rows.split(height)) if rows.shape[0] else []
+    return [slice(top, min(top + height, call.rows)) for top in range(0, call.rows, height)]
+
+
+def _of_rows(call: HeadCall, rows: Any) -> HeadCall:
+    indptr, indices = call.kept_indptr, call.kept_indices
+    if indptr is not None and indices is not None:
+        if isinstance(rows, slice):
+            indptr = indptr[rows.start : rows.stop + 1]
+        else:
+            sizes = indptr.diff()
+            of = torch.repeat_interleave(torch.arange(call.rows), sizes)
+            chosen = torch.zeros(call.rows, dtype=torch.bool)
+            chosen[rows] = True
+            indices = indices[chosen[of]]
+            indptr = torch.cat([indptr.new_zeros(1), sizes[rows].cumsum(0)])
+    mask = None if call.kept_mask is None else call.kept_mask.view(call.rows, -1)[rows].contiguous()
+    temperatures = None if call.temperatures is None else call.temperatures[rows].contiguous()
+    return call._replace(
+        hidden=call.flat[rows], labels=call.labels.reshape(-1)[rows].contiguous(), temperatures=temperatures, kept_mask=mask,
+        kept_indptr=indptr, kept_indices=indices,
+    )  # fmt: skip
+
+
+def _multiply_out(call: HeadCall, group: Any, backend: str) -> tuple[Results, Logits]:
+    """The rows' results, and their logits as the backend keeps them; a sparse head keeps none."""
+    dtype = result_dtype(call.hidden)
+    out = Results(*(empty((call.rows,), dtype, call.hidden) for _ in range(5)))
+    parts: Tensor | None = None
+    logits: Logits = None
+    if backend == "cpu":
+        module = extension()
+        if call.kept_indptr is None:
+            logits = empty((module.linear_logprobs_stored_size(call.rows, call.weight.shape[0]),), dtype, call.hidden)
+        if group is not None:
+            parts = empty((1, call.rows, 4), dtype, call.hidden)
+        module.linear_logprobs_forward(
+            *call.native(), (0, 0, 0, 0, 0) if group is not None else tuple(address(t) for t in out), address(parts),
+            address(logits), call.workspace_bytes, threads(),
+        )  # fmt: skip
+    elif backend == "cuda" and call.rounded and hopper_head.serves(call):
+        logits = hopper_head.Exponentials(call)
+        parts = logits.partials if group is None else merge_parts(logits.partials, call)
+    else:
+        tile = Tile(slice(0, call.rows), slice(0, call.weight.shape[0]))
+        logits = chunked.logits(call.flat, call.weight, call.bias, tile)
+        parts = empty((1, call.rows, 4), dtype, call.hidden)
+        fold(call.of(logits, tile), parts[0], backend)
+    if parts is not None:
+        combine(call.whole(), parts if group is None else all_gather(parts[0], group), out, backend)
+    return out, logits
+
+
+class _Sums:
+    """The gradients of hidden, weight and bias, block by block."""
+
+    def __init__(self, call: HeadCall, wanted: tuple[bool, ...], backend: str) -> None:
+        self.call, self.backend = call, backend
+        wide = result_dtype(call.hidden)
+        zeros = lambda t, d: torch.zeros(t.shape, dtype=d, device=t.device)  # noqa: E731
+        self.hidden = zeros(call.flat, call.hidden.dtype) if wanted[0] else None
+        self.weight = zeros(call.weight, call.weight.dtype if call.narrow else wide) if wanted[1] else None
+        self.bias = zeros(call.bias, wide) if wanted[2] and call.bias is not None else None
+
+    def add(self, call: HeadCall, rows: Any, results: Results, grads: tuple[Tensor | None, ...], logits: Logits) -> None:
+        hidden: Tensor | None = None
+        if self.backend == "cpu":
+            assert not isinstance(logits, hopper_head.Exponentials)
+            if self.hidden is not None:
+                hidden = empty(call.flat.shape, call.hidden.dtype, call.hidden)
+            weight = self.weight if self.weight is not None else call.weight
+            outputs = (address(hidden), address(self.weight), DTYPES[weight.dtype], address(self.bias))
+            extension().linear_logprobs_backward(
+                *call.native(), (0, *(address(t) for t in results[1:])), tuple(address(g) for g in grads), outputs, True, True,
+                address(logits), call.workspace_bytes, threads(),
+            )  # fmt: skip
+        else:
+            if self.hidden is not None:
+                hidden = torch.zeros(call.flat.shape, dtype=torch.float32, device=call.hidden.device)
+            sums = (hidden, self.weight, self.bias)
+            if isinstance(logits, hopper_head.Exponentials):
+                logits.add_gradients(results, grads, sums)
+            else:
+                chunked.backward(
+                    call.flat.masked_fill(call.ignored, 0), call.weight, call.bias,
+                    Tiles(call.rows, call.weight.shape[0], call.rows, call.weight.shape[0]),
+                    lambda x, tile: differentiate(call.of(x, tile), results, grads, tile.rows, self.backend),
+                    *sums, stored=logits, round_to=call.round_to,
+                )  # fmt: skip
+        if self.hidden is not None and hidden is not None:
+            self.hidden[rows] = hidden.to(self.hidden.dtype)
+
+    def results(self) -> tuple[Tensor | None, ...]:
+        call = self.call
+        return (
+            None if self.hidden is None else self.hidden.view(call.hidden.shape),
+            None if self.weight is None else self.weight.to(call.weight.dtype),
+            None if self.bias is None or call.bias is None else self.bias.to(call.bias.dtype),
+        )

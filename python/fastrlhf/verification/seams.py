@@ -1,0 +1,94 @@
+"""An installed framework's functions against ours, on the user's shapes and device, with time and memory of both."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..integrations import agreement, patching
+from ..integrations.seam import Call, Host, Seam, Sizes
+from .checking import Result
+from .speed import peak_bytes, seconds
+
+
+@dataclass
+class Speed:
+    """Of one seam, forward and backward where it has one; seconds and bytes."""
+
+    seam: str
+    input: str
+    theirs_seconds: float
+    ours_seconds: float
+    theirs_bytes: int
+    ours_bytes: int
+
+
+def check_seams(host: Host, sizes: Sizes, *, measure: bool) -> Iterator[Result | Speed]:
+    """A result for each call of each seam, on the small inputs and on `sizes`; then the speed of the first."""
+    importlib.import_module(host.package)
+    patching.remove(host)  # a plug-in may have patched it when it was imported
+    for seam in host.seams:
+        if not isinstance(seam, Seam):
+            continue
+        if seam.calls is None:
+            yield Result("seam", seam.name, "none", True, note=f"not compared: {seam.unverified}")
+            continue
+        try:
+            patching.require_op(seam.op)
+            _, original = patching.find(seam, importlib.import_module(seam.module))
+            replacement = seam.build(original)
+        except Exception as error:
+            yield Result("seam", seam.name, "none", True, note=f"not live: {error}")
+            continue
+        theirs, ours = seam.function(original), seam.function(replacement)
+        first: Call | None = None
+        for where in (Sizes(), sizes):
+            for call in seam.calls(where):
+                yield _check(seam, call, theirs, ours, where)
+                if where is sizes and first is None and call.differs is None and call.raises is None:
+                    first = call
+        if measure and first is not None:
+            yield _speed(seam, first, theirs, ours, sizes.device)
+
+
+def _check(seam: Seam, call: Call, theirs: Any, ours: Any, sizes: Sizes) -> Result:
+    name = (
+        call.name
+        if sizes == Sizes()
+        else f"{call.name}, {sizes.rows}x{sizes.length}x{sizes.vocab} {sizes.dtype} {sizes.device}"
+    )
+    bar = call.tolerance or agreement.TOLERANCES[sizes.dtype]
+    try:
+        found = agreement.compare(theirs, ours, call)
+    except agreement.Disagreement as error:
+        return Result("seam", seam.name, name, False, None, bar, str(error))
+    if found.declined:
+        return Result("seam", seam.name, name, True, None, bar, f"left to the host: {found.declined}")
+    if call.differs is not None:
+        return Result("seam", seam.name, name, True, None, bar, f"the host's is not compared: {call.differs}")
+    return Result("seam", seam.name, name, True, found.error, bar)
+
+
+def _speed(seam: Seam, call: Call, theirs: Any, ours: Any, device: str) -> Speed:
+    runs = {"theirs": _run(theirs, call), "ours": _run(ours, call)}
+    took = seconds(runs, device)
+    return Speed(
+        seam.name, call.name, took["theirs"], took["ours"], peak_bytes(runs["theirs"], device), peak_bytes(runs["ours"], device)
+    )
+
+
+def _run(function: Any, call: Call) -> Callable[[], None]:
+    args = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in call.args]
+    wanted = [args[i].requires_grad_() for i in call.grads]
+
+    def run() -> None:
+        result = function(*args, **call.kwargs)
+        outputs = [t for t in agreement.tensors(result) if t.requires_grad]
+        if wanted and outputs:
+            torch.autograd.grad([o.sum() for o in outputs], wanted, allow_unused=True)
+
+    return run
