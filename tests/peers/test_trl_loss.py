@@ -64,11 +64,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_equal(name):
-    for change in (
-        lambda g: None,
-        lambda g: g.pop("old_per_token_logps"),
-        lambda g: g.update(tool_mask=g["completion_mask"].flip(1)),
-    ):
+    for change in (lambda g: None, lambda g: g.pop("old_per_token_logps"), lambda g: g.update(tool_mask=g["completion_mask"].flip(1))):
         theirs, ours = run(GRPOTrainer, dict(CASES[name]), change), run(fused_loss(GRPOTrainer), dict(CASES[name]), change)
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-7)
