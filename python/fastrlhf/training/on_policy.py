@@ -14,9 +14,11 @@ from torch import Tensor
 from ..config import REQUIRED, option, section
 from ..data import PromptDataset, PromptStream, open_rows
 from ..errors import ConfigError
+from ..generation import Fleet, Resharded
 from ..generation.select import GenerationConfig, make_engine
 from ..ops import AdaptiveKL, FixedKL, logprob_drift
 from ..seeds import mix
+from .layout import Layout, ParallelConfig
 from .loop import RunConfig
 from .metrics import Value
 from .policy import ModelConfig, Policy, UpdateConfig
@@ -73,6 +75,7 @@ class OnPolicyConfig:
     """Every option of an on-policy algorithm but its own."""
 
     run: RunConfig = section(RunConfig, "Where the run lives.")
+    parallel: ParallelConfig = section(ParallelConfig, "How it is spread over processes.")
     model: ModelConfig = section(ModelConfig, "The policy, and where the reference starts.")
     data: PromptConfig = section(PromptConfig, "Prompts.")
     rewards: list[RewardSource] = option([], "Reward sources; their weighted sum is the reward.")
@@ -97,10 +100,12 @@ class OnPolicy(ABC):
         self.config = config
         seed = config.run.seed
         self.steps, self.timers = config.steps, Timers(torch.cuda.synchronize if torch.cuda.is_available() else None)
+        self.parallel = Layout.create(config.parallel)
+        self.groups = self.parallel.groups
         self.rollout_size = config.prompts_per_step * config.completions_per_prompt
         self.policy = Policy(
             config.model, config.update, reference=config.kl.coef > 0, seed=seed, total_steps=config.steps,
-            rollout_size=self.rollout_size, temperature=config.sampling.temperature,
+            rollout_size=self.rollout_size, temperature=config.sampling.temperature, parallel=self.parallel,
         )  # fmt: skip
         model = self.policy.model
         context = model.config.max_position_embeddings
@@ -116,12 +121,18 @@ class OnPolicy(ABC):
         )
         self.rewards = Rewards(
             config.rewards, max_tokens=config.update.micro_batch_tokens, vocab_size=model.config.vocab_size,
-            device=self.policy.device, dtype=model.embed_tokens.weight.dtype,
+            device=self.policy.device, dtype=model.dtype, parallel=self.parallel,
         )  # fmt: skip
-        self.engine = make_engine(
-            config.generation, model, self.tokenizer, config.model.path, max_sequences=config.engine.max_sequences,
+        if config.generation.engine != "embedded" and self.groups.world.size > 1:
+            raise ConfigError(
+                f"generation.engine: {config.generation.engine} serves a run of one process, this one has {self.groups.world.size}"
+            )
+        resharded = Resharded(model, config.parallel.reshard)
+        engine = make_engine(
+            config.generation, resharded.decoder, self.tokenizer, config.model.path, max_sequences=config.engine.max_sequences,
             max_batch_tokens=config.engine.max_batch_tokens, cache_tokens=config.engine.cache_tokens,
         )  # fmt: skip
+        self.engine = Fleet(engine, self.groups, resharded, balance=config.parallel.balance)
         self._version = 0  # steps that the weights have behind them
         kl = config.kl
         self.kl: AdaptiveKL | FixedKL = FixedKL(kl.coef) if kl.target is None else AdaptiveKL(kl.coef, kl.target, kl.horizon)
@@ -155,6 +166,8 @@ class OnPolicy(ABC):
             with self.timers("reference", tokens), progress.phase("reference"):
                 rollout.ref_logprobs = self.policy.reference_logprobs(rollout.sequences)
         metrics |= rollout.metrics
+        if self.engine.resharded.replicas.size > 1:
+            metrics["generate/idle"] = self.engine.idle
         metrics |= self.learn(rollout, step, progress)
         self._version = step
         recomputed = rollout.first_logprobs if rollout.logprobs is None else rollout.logprobs
@@ -234,6 +247,9 @@ class OnPolicy(ABC):
 
     def state(self) -> dict[str, Any]:
         return {"policy": self.policy.state(), "prompts": self.prompts.state_dict(), "kl_coef": self.kl.coef}
+
+    def prepare(self) -> None:
+        self.policy.optimizer.prepare()
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         self.policy.restore(dict(tensors), state["policy"])  # type: ignore[arg-type]

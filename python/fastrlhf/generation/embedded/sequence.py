@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
 from ..engine import Completion, Sampling
+
+
+class Share(NamedTuple):
+    """Samples [first, first + samples) of a prompt, which are drawn together."""
+
+    prompt: int
+    first: int
+    samples: int
+
+
+Work = Callable[[int], Iterable[Share]]
+"""Sequences under way -> what to begin now."""
+
+
+def given(shares: Iterable[Share]) -> Work:
+    """All at once."""
+    left = list(shares)
+
+    def work(running: int) -> list[Share]:
+        taken, left[:] = list(left), []
+        return taken
+
+    return work
 
 
 class Sequence:
