@@ -125,7 +125,7 @@ class OnPolicy(ABC):
         )  # fmt: skip
         if config.generation.engine != "embedded" and self.groups.world.size > 1:
             raise ConfigError(
-                f"generation.engine: {config.generation.engine} serves a run of one process, this one has {self.groups.world.size}"
+                f"generation.engine: {config.generation.engine} serves a run of one process, this has {self.groups.world.size}"
             )
         resharded = Resharded(model, config.parallel.reshard)
         engine = make_engine(
