@@ -221,12 +221,12 @@ EXPERTS = {
 )
 def test_plans_of_large_models_are_quick(c: dict[str, Any], a: str, b: str, parameters: float, seconds: float) -> None:
     best = float("inf")
-    for _ in range(3):  # the machine is shared
-        started = time.perf_counter()
+    for _ in range(3):
+        started = time.process_time()  # the machine is shared
         model = model_of(c)
         source, dest = catalogue_for(model, layout(a, "megatron")), catalogue_for(model, layout(b, "engine"))
         plan = make_plan(source, dest)
         assert plan.digest
-        best = min(best, time.perf_counter() - started)
+        best = min(best, time.process_time() - started)
     assert abs(plan.source.tensors.shape.prod(1).sum() / parameters - 1) < 0.002
     assert best < seconds
