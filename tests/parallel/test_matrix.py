@@ -140,12 +140,16 @@ def test_five_steps_of_ppo_are_those_of_one_process(files: tuple[str, dict[str, 
         compare(name, [rank[i] for rank in found], expected)
 
 
+def numbers(metrics: dict[str, float]) -> dict[str, float]:
+    """Without those of a process: its waiting, its share of the weights."""
+    return {k: v for k, v in metrics.items() if k != "generate/idle" and not k.startswith("refit/")}
+
+
 def compare(name: str, found: list[Any], expected: list[dict[str, Any]]) -> None:
     for rank, steps in enumerate(found):
         for step, (ours, theirs) in enumerate(zip(steps, expected, strict=True), 1):
             assert ours["tokens"] == theirs["tokens"], (name, rank, step)
-            ours["metrics"].pop("generate/idle", None)
-            assert ours["metrics"] == pytest.approx(theirs["metrics"], abs=1e-4), (name, rank, step)
+            assert numbers(ours["metrics"]) == pytest.approx(numbers(theirs["metrics"]), abs=1e-4), (name, rank, step)
 
 
 def others(rank: int, model: str, data: dict[str, str], layouts: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
