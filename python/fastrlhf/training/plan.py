@@ -42,6 +42,8 @@ GPUS = {
     "h200": GPU(141 * 2**30, 989e12, 4.8e12, 450e9, 50e9),
     "b200": GPU(180 * 2**30, 2250e12, 8.0e12, 900e9, 50e9),
 }
+WORKSPACE = 256 << 20
+"""Bytes that the fused head takes on a GPU (`ops.linear_logprobs`)."""
 NODE = 8
 """GPUs that the fast links join; tp beyond them goes over the network."""
 
@@ -62,7 +64,7 @@ class Job:
     packed_evenly: bool = True  # sequences of a micro-batch have about one length
     sequence_parallel: bool = True
     reshard: bool = True  # as parallel.reshard; where that does not fit a plan is made without
-    gloo: bool = False  # which copies what it reduces; NCCL does not
+    gloo: bool = False  # on CPUs: gloo copies what it reduces, which NCCL does not; the fused head needs no work space
 
     @property
     def trained(self) -> int:
@@ -251,8 +253,9 @@ def activations(c: DecoderConfig, stages: Stages, rank: int, tp: int, dp: int, j
     if rank == pp - 1:
         rows = tokens * share
         width = c.vocab_size / tp if job.algorithm != "reward" else 1
-        head = rows * (width * s + 2 * h * s) + tokens * 2 * h * s
-    return kept + max(working, head)  # the head's logits are gone when the layers' turn comes
+        space = 0.0 if job.gloo else min(WORKSPACE, rows * width * 4)
+        head = space + width * h * 4 + rows * 2 * h * s + tokens * 2 * h * s  # the weight's gradient is float32
+    return kept + max(working, head)  # the head is done when the layers' turn comes
 
 
 def _in_flight(pp: int, interleave: int, batches: int, rank: int) -> int:
