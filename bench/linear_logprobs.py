@@ -15,6 +15,7 @@ from .harness import OURS, Case, Variant
 CHECKED = 32  # rows compared with float64
 STRIP = 4096  # columns that the bare products take at a time; 2048 and 8192 were no faster
 BARE = "bare products"
+FUSED = "torch F.linear_cross_entropy"
 
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -36,7 +37,14 @@ def bare(hidden: Tensor, weight: Tensor, backward: bool) -> None:
 
 
 def cases(short: bool) -> Iterator[Case]:
-    rows, vocab, width = (128, 8192, 128) if short else (4096, 128256, 1024)
+    if short:
+        yield from _cases(128, 8192, 128, others=True)
+    else:
+        yield from _cases(1024, 32768, 1024, others=True)
+        yield from _cases(4096, 128256, 1024, others=False)  # the others take minutes a run there
+
+
+def _cases(rows: int, vocab: int, width: int, *, others: bool) -> Iterator[Case]:
     verl = peers.find("verl.utils.experimental.torch_functional", "FusedLinearForPPOFunction")
     trl = peers.find("trl.kernels", "ChunkedLogProbFunction")
     torch_fused = peers.find("torch.nn.functional", "linear_cross_entropy")
@@ -51,17 +59,16 @@ def cases(short: bool) -> Iterator[Case]:
         def exact(h: Tensor = hidden[:CHECKED], w: Tensor = weight, y: Tensor = labels[:CHECKED]) -> Tensor:
             return plain(h.double(), w.double(), y)
 
-        functions = {
-            OURS: lambda h, w, y: fastrlhf.linear_logprobs(h, w, y).logprobs,
-            "torch eager": plain,
-        }
-        if trl:
+        functions = {OURS: lambda h, w, y: fastrlhf.linear_logprobs(h, w, y).logprobs}
+        if others:
+            functions["torch eager"] = plain
+        if others and trl:
             functions["trl ChunkedLogProbFunction"] = lambda h, w, y: trl.apply(h, w, None, y, 1.0, 8192, None, 1.0, ())[0]
-        if verl:
+        if others and verl:
             functions["verl FusedLinearForPPOFunction"] = lambda h, w, y: verl.apply(h, w, y, 1.0, 512)[0]
-        if torch_fused and options:
+        if others and torch_fused and options:
             chunked = options()
-            functions["torch F.linear_cross_entropy"] = lambda h, w, y: -torch_fused(h, w, y, reduction="none", options=chunked)
+            functions[FUSED] = lambda h, w, y: -torch_fused(h, w, y, reduction="none", options=chunked)
 
         def forward(f, h=hidden, w=weight, y=labels) -> Variant:
             def run() -> None:
@@ -89,6 +96,8 @@ def cases(short: bool) -> Iterator[Case]:
         variants[BARE] = Variant(lambda h=hidden, w=weight: bare(h, w, False))
         yield Case("linear_logprobs", f"forward {name}", variants, oracle=exact)
 
+        if FUSED in functions:  # in chunks for a mean only
+            functions[FUSED] = lambda h, w, y: torch_fused(h, w, y, reduction="mean", options=chunked).expand(len(y))
         variants = {n: both(f) for n, f in functions.items()}
         variants[BARE] = Variant(lambda h=hidden, w=weight: bare(h, w, True))
         variants[f"{OURS} linear_policy_loss"] = _policy(hidden, weight, labels)

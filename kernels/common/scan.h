@@ -22,19 +22,6 @@ inline void compose_right(V& c, V& d) {
     compose_right<2 * k>(c, d);
   }
 }
-
-// n: whole vectors; `carry` is y past the end, and y_0 on return. y may be c or d.
-template <class T>
-inline void suffix_scan(const T* c, const T* d, T* y, int64_t n, T& carry) {
-  using V = typename VectorOf<T>::type;
-  for (int64_t i = n - V::W; i >= 0; i -= V::W) {
-    V cv = V::load(c + i), dv = V::load(d + i);
-    compose_right<1>(cv, dv);
-    dv = fma(cv, V::set(carry), dv);
-    dv.store(y + i);
-    carry = first(dv);
-  }
-}
 #endif
 
 }}}  // namespace

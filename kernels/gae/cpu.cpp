@@ -9,7 +9,7 @@ namespace {
 
 template <class T>
 struct Chunk {
-  Buffer<T> rewards, values, mask, logprobs, ref, counted, coefficient, delta, next, advantages, returns, kl;
+  Buffer<T> rewards, values, mask, logprobs, ref, counted, advantages, kl;
 };
 
 // Rewards of a chunk from the KL and, once, the score: it goes to the last counted token, and chunks come from the end.
@@ -40,63 +40,82 @@ const T* shape(const RolloutArgs& a, int64_t b, int64_t t, int64_t n, const T* m
   return rewards;
 }
 
+// gamma lam to the powers that the lanes of a vector of counted tokens need, composed as `compose_right` would.
+template <class V>
+struct Powers {
+  V at_step[7];  // of a lane whose step reaches a lane to its right: gamma lam, squared, squared again, ...
+  V carried;     // of what comes from the right of the vector
+
+  explicit Powers(V gl) : carried(gl) {
+    V c = gl;
+    for (int64_t s = 0, k = 1; k < V::W; ++s, k *= 2, c = c * c) at_step[s] = c;
+    V none = V::set(0);
+    compose_right<1>(carried, none);
+  }
+};
+
+template <int k, int s, class V>
+inline void scan_counted(V& d, const Powers<V>& powers) {
+  if constexpr (k < V::W) {
+    d = fma(powers.at_step[s], V::template down<k>(d, V::set(0)), d);
+    scan_counted<2 * k, s + 1>(d, powers);
+  }
+}
+
 // state (nv, g) going left over a counted token: g' = (r + gamma nv - v) + gamma lam g, nv' = v; over a token that does
 // not count both pass. As coefficients: nv' = (1 - w) nv + w v, g' = (w gamma lam + 1 - w) g + w (r + gamma nv - v).
+// A vector at a time, in registers; one whose tokens all count has the same coefficient everywhere and the same bits.
 template <class T>
 void advantages(const RolloutArgs& a, int64_t n, const T* rewards, const T* values, const T* mask, double gamma, double lam,
                 T& next_value, T& carried, T* out, T* returns, Chunk<T>& c) {
   using V = typename VectorOf<T>::type;
   const V zero = V::set(0), one = V::set(1), g = V::set(static_cast<T>(gamma)), gl = V::set(static_cast<T>(gamma * lam));
+  const Powers<V> powers(gl);
   const bool zeroing = a.mask_mode == MaskMode::zero && a.mask, carrying = a.mask_mode == MaskMode::carry && a.mask;
-  int64_t padded = (n + V::W - 1) / V::W * V::W;
-  T* w = c.counted.data;
-  bool gaps = padded != n;
-  if (carrying) {
-    V all = one;
-    for (int64_t i = 0; i < padded; i += V::W) {
-      const V counted = select(V::load(mask + i) != zero, one, zero);
-      counted.store(w + i);
-      all = min(all, counted);
+  const int64_t padded = (n + V::W - 1) / V::W * V::W;
+  for (int64_t i = padded - V::W; i >= 0; i -= V::W) {
+    const bool tail = i + V::W > n;
+    V r = V::load(rewards + i), v = V::load(values + i), counted = one;
+    const V given = v;
+    if (tail) {
+      for (int64_t j = 0; j < V::W; ++j) c.counted.data[j] = i + j < n;
+      counted = V::load(c.counted.data);
     }
-    gaps = gaps || lowest(all) == 0;
-  } else {
-    for (int64_t i = 0; i < padded; ++i) w[i] = i < n;
-  }
-  if (zeroing || gaps) {  // tokens that do not count may hold anything
-    const T* keep = zeroing ? mask : w;
-    for (int64_t i = 0; i < padded; i += V::W) {
-      const V k = V::load(keep + i);
-      select(k != zero, k * V::load(rewards + i), zero).store(c.rewards.data + i);
-      select(k != zero, k * V::load(values + i), zero).store(c.delta.data + i);
+    if (zeroing || carrying) {  // tokens that do not count may hold anything
+      const V m = V::load(mask + i);
+      if (carrying) counted = select(m != zero, one, zero);
+      const V keep = zeroing ? m : counted;
+      r = select(m != zero, keep * r, zero);
+      v = select(m != zero, keep * v, zero);
     }
-    rewards = c.rewards.data;
-  }
-  const T* counted_values = zeroing || gaps ? c.delta.data : values;
-  const T after = next_value;
-  const T* following = counted_values;  // [i]: the value carried left of token i
-  if (gaps) {
-    for (int64_t i = 0; i < padded; i += V::W) (one - V::load(w + i)).store(c.coefficient.data + i);
-    suffix_scan(c.coefficient.data, counted_values, c.next.data, padded, next_value);
-    following = c.next.data;
-  } else {
-    next_value = counted_values[0];
-  }
-  // delta_i takes following[i + 1]
-  for (int64_t i = 0; i < padded; i += V::W) {
-    const V right = i + V::W < padded ? V::load(following + i + V::W) : V::set(after);
-    const V next = V::template down<1>(V::load(following + i), right), counted = V::load(w + i);
-    const V delta = fma(g, next, V::load(rewards + i)) - V::load(counted_values + i);
-    select(counted != zero, gl, one).store(c.coefficient.data + i);
-    select(counted != zero, delta, zero).store(c.advantages.data + i);
-  }
-  T* to = padded == n ? out : c.advantages.data;
-  suffix_scan(c.coefficient.data, c.advantages.data, to, padded, carried);
-  finish_output(out, to, n);
-  if (returns) {
-    const T* added = zeroing ? c.delta.data : values;
-    T* sums = padded == n ? returns : c.returns.data;
-    for (int64_t i = 0; i < padded; i += V::W) (V::load(to + i) + V::load(added + i)).store(sums + i);
-    finish_output(returns, sums, n);
+    const V right = V::set(next_value);
+    V following = v, advantage;  // following: the value carried left of a token
+    if (lowest(counted) == 1) {
+      advantage = fma(g, V::template down<1>(v, right), r) - v;
+      scan_counted<1, 0>(advantage, powers);
+      advantage = fma(powers.carried, V::set(carried), advantage);
+    } else {
+      V passes = one - counted;
+      compose_right<1>(passes, following);
+      following = fma(passes, right, following);
+      const V delta = fma(g, V::template down<1>(following, right), r) - v;
+      V coefficient = select(counted != zero, gl, one);
+      advantage = select(counted != zero, delta, zero);
+      compose_right<1>(coefficient, advantage);
+      advantage = fma(coefficient, V::set(carried), advantage);
+    }
+    next_value = first(following);
+    carried = first(advantage);
+    const V sum = advantage + (zeroing ? v : given);
+    if (!tail) {
+      advantage.store(out + i);
+      if (returns) sum.store(returns + i);
+    } else {
+      advantage.store(c.advantages.data);
+      finish_output(out + i, c.advantages.data, n - i);
+      sum.store(c.advantages.data);
+      if (returns) finish_output(returns + i, c.advantages.data, n - i);
+    }
   }
 }
 
@@ -110,7 +129,7 @@ void rollout_as(const RolloutArgs& a) {
   parallel_for(rows.count, workers, [&](int64_t b, int worker) {
     Chunk<T>& c = chunks[worker];
     const int64_t size = rows.size(b);
-    auto row_value = [&](const Array& x) { return x ? static_cast<double>(*fetch<T>(x, rows, b, 0, 1, c.next)) : 0.0; };
+    auto row_value = [&](const Array& x) { return x ? static_cast<double>(*fetch<T>(x, rows, b, 0, 1, c.counted)) : 0.0; };
     double score = row_value(a.scores);
     if (score > a.score_clip) score = a.score_clip;
     if (score < -a.score_clip) score = -a.score_clip;
@@ -129,7 +148,12 @@ void rollout_as(const RolloutArgs& a) {
                  a.returns ? static_cast<T*>(a.returns) + at : nullptr, c);
       if (a.whiten) {
         const int64_t W = VectorOf<T>::type::W;
-        const T* x = n % W ? c.advantages.data : out;  // padded copy: outputs end at n
+        const T* x = out;
+        if (n % W) {  // a padded copy: outputs end at n
+          finish_output(c.advantages.data, out, n);
+          for (int64_t i = n; i % W; ++i) c.advantages.data[i] = 0;
+          x = c.advantages.data;
+        }
         T* weights = c.counted.data;
         for (int64_t i = 0; i < (n + W - 1) / W * W; ++i) weights[i] = i < n && mask[i] != 0;
         moments[b].merge(chunk_moments(x, weights, n));

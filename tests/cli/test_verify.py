@@ -127,3 +127,12 @@ def test_a_host_that_is_not_installed(capsys, monkeypatch):
 def test_more_than_2_to_the_31():
     found = check_large("cpu", None)
     assert found is None or found.passed
+
+
+def test_shapes_that_do_not_fit_are_cut(monkeypatch):
+    monkeypatch.setattr(verify, "available_bytes", lambda device: verify.COPIES * 4 * 1000 * 50)
+    assert verify.fitting(Shapes(2, 25, 1000), "cpu") == (Shapes(2, 25, 1000), "")
+    shapes, note = verify.fitting(Shapes(4, 20, 1000), "cpu")
+    assert shapes == Shapes(2, 20, 1000) and "2x20x1000 instead of 4x20x1000" in note
+    assert verify.fitting(Shapes(4, 200, 1000), "cpu")[0] == Shapes(1, 50, 1000)
+    assert verify.fitting(Shapes(4, 200, 10**9), "cpu")[0] == Shapes(1, 1, 10**9)

@@ -163,6 +163,29 @@ def test_disagreements_are_found(ours, message):
     assert message in str(found.value)
 
 
+def test_the_nearer_one_to_float64_is_right():
+    """The host's own formula may lose more in float32 than the tolerance allows."""
+    far = Call("an offset", (torch.full((3,), 1e4) + torch.arange(3.0) / 7,), tolerance=1e-6)
+
+    def formula(x):
+        return (x * x - 1e8) / 1e3
+
+    def host(x):
+        out = torch.zeros(len(x))
+        out[:] = formula(x.float())
+        return out
+
+    def exact(x):
+        return formula(x.double()).to(x.dtype)
+
+    found = compare(host, exact, far)
+    assert found.hosts_error > 1e-6 > found.error
+    with pytest.raises(Disagreement, match="tolerance"):
+        compare(exact, host, far)
+    with pytest.raises(Disagreement, match="tolerance"):
+        compare(host, lambda x: exact(x) * 1.1, far)
+
+
 def test_errors_must_agree():
     call = Call("no rows", (torch.zeros(0),), raises=ValueError)
 

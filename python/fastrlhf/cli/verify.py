@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,12 +21,15 @@ from ..integrations import HOSTS, host, patching
 from ..integrations.seam import Host, Sizes
 from ..verification.cases import Shapes, cases
 from ..verification.checking import check
-from ..verification.large import check_large
+from ..verification.large import available_bytes, check_large
 from ..verification.report import Findings
 from ..verification.seams import Speed, check_seams
 from .doctor import diagnose
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COPIES = (
+    36  # of the logits in float32 are held at once, at most: the seam with several outputs, its gradient and the float64 run
+)
 DEFAULT = {"cpu": "4x128x32000", "cuda": "4x512x151936"}
 
 
@@ -34,11 +38,12 @@ def main(argv: Sequence[str]) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     kind = torch.device(device).type
-    shapes = parse_shapes(options.shapes or DEFAULT[kind])
+    shapes, note = fitting(parse_shapes(options.shapes or DEFAULT[kind]), device)
     findings = verify(
         shapes, DTYPES[options.dtype], device, options.backend, chosen_hosts(options.host), options.hidden,
         measure=not options.no_speed, large=not options.no_large,
     )  # fmt: skip
+    findings.notes += [note] if note else []
     if options.out:
         Path(options.out).write_text(json.dumps(findings.to_dict(), indent=1) + "\n")
     print(json.dumps(findings.to_dict(), indent=1) if options.json else findings)
@@ -97,6 +102,19 @@ def parse_shapes(text: str) -> Shapes:
     if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
         raise UserError(f"--shapes: expected rows x tokens x vocabulary, as 4x128x32000, got {text!r}")
     return Shapes(*map(int, parts))
+
+
+def fitting(shapes: Shapes, device: str) -> tuple[Shapes, str]:
+    """Rows cut, then tokens, until the float64 definitions of the largest inputs fit beside them; and a note that says so."""
+    free = available_bytes(device) or math.inf
+    if torch.device(device).type != "cpu":
+        free = min(free, available_bytes("cpu") or math.inf)
+    fits = min(shapes.rows * shapes.length, max(1, int(free / (COPIES * 4 * shapes.vocab))))
+    if fits == shapes.rows * shapes.length:
+        return shapes, ""
+    rows = max(1, fits // shapes.length)
+    cut = Shapes(rows, min(shapes.length, fits // rows), shapes.vocab)
+    return cut, f"compared at {cut} instead of {shapes}: memory does not suffice for the definitions of more in float64"
 
 
 def chosen_hosts(names: Sequence[str] | None) -> list[Host]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .seam import Call, Function, declines
 
@@ -14,20 +16,35 @@ from .seam import Call, Function, declines
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
+GRADIENTS = "result[1]"  # where `_run` puts them
+
+
 class Disagreement(Exception):
     """A replacement does not do what the host's function does."""
 
 
+class _TooFar(Disagreement):
+    """Values of one result differ by more than the tolerance."""
+
+
 class Agreement(NamedTuple):
-    """`error`: the largest |ours - host's| / (1 + |host's|) of results and gradients; `declined`: why ours left the call to
-    the host."""
+    """What was compared and found good.
+
+    Args:
+        error: the largest |ours - host's| / (1 + |host's|) of results, and relative to the largest one of gradients; or of
+            ours to the host's function in float64, where `hosts_error` is given.
+        declined: why ours left the call to the host.
+        hosts_error: of the host's own result to its function in float64, where it differs from ours by more than the
+            tolerance and ours is the nearer one.
+    """
 
     error: float
     declined: str = ""
+    hosts_error: float | None = None
 
 
 def compare(original: Function, replacement: Function, call: Call) -> Agreement:
-    """Calls both; raises `Disagreement` where they differ."""
+    """Calls both; raises `Disagreement` where they differ, unless ours is nearer to the host's function in float64."""
     with declines() as reasons:
         found = _compare_call(original, replacement, call)
     return found._replace(declined=reasons[0]) if reasons else found
@@ -48,7 +65,68 @@ def _compare_call(original: Function, replacement: Function, call: Call) -> Agre
         return Agreement(0.0)
     if call.raises is not None or isinstance(theirs, Exception) or isinstance(ours, Exception):
         return _compare_errors(theirs, ours, call)
-    return Agreement(max((_compare(a, b, path, call) for path, a, b in _pairs(ours, theirs, call)), default=0.0))
+    pairs = list(_pairs(ours, theirs, call))
+    try:
+        return Agreement(max((_compare(a, b, path, call) for path, a, b in pairs), default=0.0))
+    except _TooFar as far:
+        nearer = _nearer_to_float64(original, pairs, call)
+        if nearer is None:
+            raise far
+        return nearer
+
+
+def _nearer_to_float64(original: Function, pairs: list[tuple[str, Any, Any]], call: Call) -> Agreement | None:
+    """Where ours and the host's differ: who is right. None if it cannot be told, or if it is not ours everywhere."""
+    torch_state, default = torch.get_rng_state(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _InFloat64():
+            result = _run(call.definition or original, replace(call, args=_double(call.args), kwargs=_double(call.kwargs)))
+    finally:
+        torch.set_default_dtype(default)
+        torch.set_rng_state(torch_state)
+    exact = list(_leaves(result, "result"))
+    if [path for path, _ in exact] != [path for path, _, _ in pairs]:
+        return None
+    ours_worst, hosts_worst = 0.0, 0.0
+    for (path, ours, theirs), (_, e) in zip(pairs, exact, strict=True):
+        try:
+            _compare(ours, theirs, path, call)
+        except _TooFar:
+            if not isinstance(e, Tensor) or e.dtype != torch.float64 or e.shape != ours.shape or not bool(e.isfinite().all()):
+                return None
+            mine, host = _relative(ours, e), _relative(theirs, e)
+            if not mine <= max(host, call.tolerance or TOLERANCES[ours.dtype]):
+                return None
+            ours_worst, hosts_worst = max(ours_worst, mine), max(hosts_worst, host)
+    return Agreement(ours_worst, hosts_error=hosts_worst)
+
+
+class _InFloat64(TorchFunctionMode):
+    """Where a function converts to float32 itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        wider = {torch.float32: torch.float64}
+        args = tuple(wider.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
+        kwargs = {k: wider.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def _relative(a: Tensor, exact: Tensor) -> float:
+    a, exact = a.detach().double().cpu(), exact.detach().cpu()
+    return float(((a - exact).abs() / (1 + exact.abs())).nan_to_num(nan=float("inf")).max())
+
+
+def _double(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.double() if x.is_floating_point() else x
+    if isinstance(x, dict):
+        return {k: _double(v) for k, v in x.items()}
+    if isinstance(x, list | tuple) and not hasattr(x, "_fields"):
+        return type(x)(_double(v) for v in x)
+    return x
 
 
 def _run(function: Function, call: Call) -> Any:
@@ -131,11 +209,14 @@ def _compare(ours: Any, theirs: Any, path: str, call: Call) -> float:
     tolerance = call.tolerance or TOLERANCES[theirs.dtype]
     a, b = ours.detach().double().cpu(), theirs.detach().double().cpu()
     same = (a == b) | (a.isnan() & b.isnan())
-    error = torch.where(same, torch.zeros_like(a), (a - b).abs() / (1 + b.abs()))
+    unit = 1 + b.abs()
+    if call.grads and path.startswith(GRADIENTS) and b.numel():  # sums over rows round by their largest terms
+        unit = unit.clamp(min=float(b.nan_to_num().abs().max()))
+    error = torch.where(same, torch.zeros_like(a), (a - b).abs() / unit)
     worst = float(error.max()) if error.numel() else 0.0
     if not worst <= tolerance:
         at = int(error.nan_to_num(nan=float("inf")).argmax())
-        raise Disagreement(
+        raise _TooFar(
             f"{call.name}: {path} is {float(a.flatten()[at]):.8g}, the host's {float(b.flatten()[at]):.8g} "
             f"(error {worst:.2g}, tolerance {tolerance:.2g})"
         )

@@ -39,6 +39,7 @@ class Call:
         raises: what both functions must raise.
         tolerance: relative and absolute, over the dtype's own; for results that the host rounds on the way.
         differs: why the host's result is wrong here: ours must be finite, the host's is not looked at.
+        definition: what the host's function computes, for where it does not run in float64 itself.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Call:
     raises: type[Exception] | tuple[type[Exception], ...] | None = None
     tolerance: float | None = None
     differs: str | None = None
+    definition: Callable[..., Any] | None = None
 
 
 Build = Callable[[Any], Any]

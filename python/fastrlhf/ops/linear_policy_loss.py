@@ -267,14 +267,15 @@ def _multiply_out(call: HeadCall, group: Any, backend: str) -> tuple[Results, Lo
     parts: Tensor | None = None
     logits: Logits = None
     if backend == "cpu":
-        module = extension()
+        module, room = extension(), None
         if call.kept_indptr is None:
-            logits = empty((module.linear_logprobs_stored_size(call.rows, call.weight.shape[0]),), dtype, call.hidden)
+            room = empty((module.linear_logprobs_stored_size(call.rows, call.weight.shape[0]),), dtype, call.hidden)
+        logits = room
         if group is not None:
             parts = empty((1, call.rows, 4), dtype, call.hidden)
         module.linear_logprobs_forward(
             *call.native(), (0, 0, 0, 0, 0) if group is not None else tuple(address(t) for t in out), address(parts),
-            address(logits), call.workspace_bytes, threads(),
+            address(room), call.workspace_bytes, threads(),
         )  # fmt: skip
     elif backend == "cuda" and call.rounded and hopper_head.serves(call):
         logits = hopper_head.Exponentials(call)

@@ -16,7 +16,10 @@ SLACK = 1e-6
 
 @dataclass
 class Result:
-    """Of one comparison; `error` and `bar` are relative to 1 + the largest value."""
+    """Of one comparison; `error` and `bar` are relative to 1 + the largest value.
+
+    `hosts_error` is the host's own distance from its function in float64, where it is ours that is the nearer one.
+    """
 
     kind: str  # "op" or "seam"
     name: str
@@ -25,6 +28,7 @@ class Result:
     error: float | None = None
     bar: float | None = None
     note: str = ""
+    hosts_error: float | None = None
 
 
 def check(case: Case, backend: str | None) -> Result:

@@ -68,6 +68,9 @@ def _check(seam: Seam, call: Call, theirs: Any, ours: Any, sizes: Sizes) -> Resu
         return Result("seam", seam.name, name, False, None, bar, str(error))
     if found.declined:
         return Result("seam", seam.name, name, True, None, bar, f"left to the host: {found.declined}")
+    if found.hosts_error is not None:
+        bar = max(bar, found.hosts_error)
+        return Result("seam", seam.name, name, True, found.error, bar, hosts_error=found.hosts_error)
     if call.differs is not None:
         return Result("seam", seam.name, name, True, None, bar, f"the host's is not compared: {call.differs}")
     return Result("seam", seam.name, name, True, found.error, bar)

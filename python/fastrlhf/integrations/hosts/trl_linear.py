@@ -113,7 +113,7 @@ def _is_top1(h: Tensor, w: Tensor, b: Tensor | None, targets: Tensor, logprobs: 
 def chunked_logprobs_calls(sizes: Sizes) -> Iterator[Call]:
     make = inputs(sizes)
     rows = sizes.rows * 8
-    h, w, y = make.normal(rows, sizes.hidden), make.normal(sizes.vocab, sizes.hidden), make.labels(rows)
+    h, w, y = make.normal(rows, sizes.hidden), make.head(), make.labels(rows)
     b = make.normal(sizes.vocab)
     half = sizes.dtype in (torch.bfloat16, torch.float16)
     tight = 0.2 if half else 1e-4

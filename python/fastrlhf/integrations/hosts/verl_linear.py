@@ -40,13 +40,21 @@ def fused_linear(original: Any) -> Any:
 
 def fused_linear_calls(sizes: Sizes) -> Iterator[Call]:
     make = inputs(sizes)
-    w = make.normal(sizes.vocab, sizes.hidden)
+    w = make.head()
     for lead in ((sizes.rows * 4,), (sizes.rows, sizes.length)):
         h, y = make.normal(*lead, sizes.hidden), make.labels(*lead)
         for temperature in (1.0, 0.7):
-            yield Call(f"{lead} rows, temperature {temperature}", (h, w, y, temperature), grads=(0, 1), tolerance=_tolerance(h))
+            name = f"{lead} rows, temperature {temperature}"
+            yield Call(
+                name, (h, w, y, temperature), grads=(0, 1), tolerance=_tolerance(h), definition=_logprobs_and_entropy
+            )  # fmt: skip
     if sizes == Sizes():
         yield Call("bfloat16", (h.bfloat16(), w.bfloat16(), y), grads=(0,), tolerance=0.2)
+
+
+def _logprobs_and_entropy(h: Tensor, w: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logprobs = (h @ w.t() / temperature).log_softmax(-1)
+    return logprobs.gather(-1, y.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(-1)
 
 
 def _tolerance(h: Tensor) -> float | None:
