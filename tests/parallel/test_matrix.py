@@ -140,9 +140,9 @@ def test_five_steps_of_ppo_are_those_of_one_process(files: tuple[str, dict[str, 
         compare(name, [rank[i] for rank in found], expected)
 
 
-def numbers(metrics: dict[str, float]) -> dict[str, float]:
+def numbers(metrics: Any) -> dict[str, float]:
     """Without those of a process: its waiting, its share of the weights."""
-    return {k: v for k, v in metrics.items() if k != "generate/idle" and not k.startswith("refit/")}
+    return {k: v for k, v in to_floats(metrics).items() if k != "generate/idle" and not k.startswith("refit/")}
 
 
 def compare(name: str, found: list[Any], expected: list[dict[str, Any]]) -> None:
@@ -179,10 +179,6 @@ def reward(model: str, data: dict[str, str], options: dict[str, Any]) -> list[di
     ]))  # fmt: skip
     out = [numbers(algorithm.step(step, Silent())) for step in (1, 2, 3)]
     return [*out, numbers(algorithm.evaluate(Silent()))]
-
-
-def numbers(metrics: Any) -> dict[str, float]:
-    return {k: v for k, v in to_floats(metrics).items() if k != "generate/idle"}
 
 
 @pytest.mark.slow
