@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 SOURCES := $(shell find src kernels python cmake -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake') CMakeLists.txt pyproject.toml
 
-.PHONY: quickstart test slow-test gpu-kernel-test triton-test cuda-host-test ahead-of-time peers host-runs lint bench gpu-check wheel clean
+.PHONY: quickstart test slow-test parallel-test gpu-kernel-test triton-test cuda-host-test ahead-of-time peers host-runs lint bench gpu-check wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/fastrlhf chain examples/arithmetic/chain.yaml --directory build/quickstart
@@ -22,7 +22,11 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 slow-test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/parallel --ignore tests/training/test_plan.py
+
+# Everything over several processes, gloo on this machine's cores: the matrix of layouts, kills, checkpoints, memory.
+parallel-test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel tests/training/test_plan.py -m "slow or not slow"
 
 # The GPU kernels without a GPU: CUDA's sources built for the host and run thread by thread, Triton's on its interpreter, and
 # compiled ahead of time. One core each: make -j2 -O gpu-kernel-test
@@ -32,7 +36,7 @@ triton-test: $(VENV)/.installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops --kernels triton
 
 cuda-host-test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops --kernels cuda
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/refit/test_cuda_ipc.py --kernels cuda
 
 ahead-of-time: $(VENV)/.installed
 	$(BIN)/python scripts/ahead_of_time.py --processes 1

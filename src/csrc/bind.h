@@ -64,5 +64,6 @@ void bind_rollout(py::module_& m);
 void bind_losses(py::module_& m);
 void bind_sampling(py::module_& m);
 void bind_generation(py::module_& m);
+void bind_refit(py::module_& m);
 
 }  // namespace fastrlhf

@@ -19,6 +19,7 @@
 #include "logprobs/one_read.h"
 #include "masked_stats/cuda.h"
 #include "policy_loss/cuda.h"
+#include "refit/bind_cuda.h"
 #include "value_loss/cuda.h"
 
 #define FASTRLHF_TEXT_(x) #x
@@ -227,4 +228,5 @@ PYBIND11_MODULE(FASTRLHF_CUDA_MODULE, m) {
         "How many parts of a vocabulary linear_logprobs_partials keeps apart.");
   fastrlhf::bind(m);
   fastrlhf::bind_sm90(m);
+  fastrlhf::bind_refit_cuda(m);
 }

@@ -31,4 +31,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_losses(m);
   bind_sampling(m);
   bind_generation(m);
+  bind_refit(m);
 }

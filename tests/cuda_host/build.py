@@ -18,11 +18,18 @@ NAME = "fastrlhf_cuda_host"
 
 
 def sources() -> list[Path]:
-    return [ROOT / "src/csrc/cuda_module.cpp", HERE / "shim.cpp", *sorted(ROOT.glob("kernels/*/cuda*.cu"))]
+    refit = [ROOT / "src/csrc/refit/bind_cuda.cpp", ROOT / "src/csrc/refit/cuda_copy.cu"]
+    return [ROOT / "src/csrc/cuda_module.cpp", HERE / "shim.cpp", *refit, *sorted(ROOT.glob("kernels/*/cuda*.cu"))]
 
 
 def _digest(flags: list[str]) -> str:
-    files = [*ROOT.glob("kernels/**/*.h"), *ROOT.glob("kernels/**/*.cu*"), *ROOT.glob("src/csrc/*"), *HERE.glob("shim.*")]
+    files = [
+        *ROOT.glob("kernels/**/*.h"),
+        *ROOT.glob("kernels/**/*.cu*"),
+        *ROOT.glob("src/csrc/*.*"),
+        *ROOT.glob("src/csrc/refit/*"),
+        *HERE.glob("shim.*"),
+    ]
     digest = hashlib.sha256(" ".join(flags).encode())
     for file in sorted(files):
         digest.update(file.read_bytes())
@@ -37,7 +44,7 @@ def module() -> ModuleType:
     flags = [
         "-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-DFASTRLHF_CUDA_HOST",
         "-DFASTRLHF_ISA=gpu", f"-DFASTRLHF_CUDA_MODULE={NAME}", "-DFASTRLHF_CUDA_ARCH_LIST=0", "-DFASTRLHF_SM90",
-        *(f"-I{d}" for d in (HERE, ROOT / "src", ROOT / "kernels", pybind11.get_include(), sysconfig.get_path("include"))),
+        *(f"-I{d}" for d in (HERE, ROOT / "src", ROOT / "src/csrc", ROOT / "kernels", pybind11.get_include(), sysconfig.get_path("include"))),
         *os.environ.get("FASTRLHF_CUDA_HOST_FLAGS", "").split(),
     ]  # fmt: skip
     folder = Path(tempfile.gettempdir()) / f"fastrlhf-cuda-host-{os.getuid()}"

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import option, section
 from ..errors import ConfigError
 from ..ops import experience
-from ..training.critic import Critic, CriticConfig
+from ..training.critic import Critic, CriticConfig, explained_variance
 from ..training.metrics import Value
 from ..training.on_policy import OnPolicy, OnPolicyConfig
 from ..training.progress import Progress
@@ -48,7 +47,7 @@ class PPO(OnPolicy):
         model = self.policy.model
         self.critic = Critic(
             config.critic, config.model.path, seed=config.run.seed, total_steps=config.steps, rollout_size=self.rollout_size,
-            vocab_size=model.config.vocab_size, device=self.policy.device, dtype=model.embed_tokens.weight.dtype,
+            vocab_size=model.config.vocab_size, device=self.policy.device, dtype=model.dtype, parallel=self.parallel,
         )  # fmt: skip
 
     @property
@@ -90,6 +89,10 @@ class PPO(OnPolicy):
     def state(self) -> dict[str, Any]:
         return super().state() | {"critic": self.critic.state()}
 
+    def prepare(self) -> None:
+        super().prepare()
+        self.critic.optimizer.prepare()
+
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         super().restore(tensors, state)
         self.critic.restore(dict(tensors), state["critic"])  # type: ignore[arg-type]
@@ -97,9 +100,3 @@ class PPO(OnPolicy):
     def export(self, directory: Path) -> None:
         super().export(directory)
         self.critic.save(directory / "critic", self.tokenizer)
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns), of the rollout, before the update."""
-    variance = torch.var(returns, correction=0)
-    return float(1 - torch.var(returns - values, correction=0) / variance.clamp(min=1e-12))

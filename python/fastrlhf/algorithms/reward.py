@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from ..config import REQUIRED, option, section
-from ..data import Preference, PreferenceDataset, PreferenceStream, Rows, batches_by_tokens, open_rows, split
+from ..data import Preference, PreferenceDataset, PreferenceStream, Rows, open_rows, split
 from ..errors import ConfigError
 from ..models import Packed, ScalarModel, load_scalar_model, save_scalar_model
 from ..models.placement import device_of, dtype_of
 from ..ops import reward_loss
 from ..training.averages import Averages
+from ..training.batches import own_groups
+from ..training.layout import Layout, ParallelConfig
 from ..training.loop import RunConfig
 from ..training.metrics import Value
 from ..training.optim import OptimizerConfig
+from ..training.passes import assembled, run
 from ..training.policy import ModelConfig, load_matching_tokenizer
 from ..training.progress import Progress
 from ..training.supervised import Supervised
@@ -47,6 +50,7 @@ class RewardConfig:
     """A reward model from preference pairs."""
 
     run: RunConfig = section(RunConfig, "Where the run lives.")
+    parallel: ParallelConfig = section(ParallelConfig, "How it is spread over processes.")
     model: ModelConfig = section(ModelConfig, "The language model, or reward model, to start from.")
     data: PreferenceConfig = section(PreferenceConfig, "Preferences.")
     steps: int = option(100, "Optimizer steps.", low=1)
@@ -69,14 +73,18 @@ class RewardTraining(Supervised[Preference]):
         if config.model.lora.rank:
             raise ConfigError(f"model.lora.rank: reward models are trained whole, expected 0, got {config.model.lora.rank}")
         self.device, dtype = device_of(config.model.device), dtype_of(config.model.dtype)
-        model = load_scalar_model(config.model.path, device=self.device, dtype=dtype, seed=config.run.seed)
+        parallel, path = Layout.create(config.parallel), config.model.path
+        model = load_scalar_model(path, device=self.device, dtype=dtype, seed=config.run.seed, **parallel.of(path))
         model.decoder.checkpoint_activations = config.model.checkpoint_activations
         self.tokenizer = load_matching_tokenizer(config.model.path, model.decoder)
         context = model.decoder.config.max_position_embeddings
         train, rest = self._rows()
         held_out = None if rest is None else self._dataset(rest, context)
         stream = PreferenceStream(self._dataset(train, context), config.run.seed)
-        super().__init__(model, stream, held_out, config.optimizer, steps=config.steps, batch_size=config.batch_size)
+        super().__init__(
+            model, stream, held_out, config.optimizer, steps=config.steps, batch_size=config.batch_size,
+            groups=parallel.groups,
+        )  # fmt: skip
 
     def _rows(self) -> tuple[Rows, Rows | None]:
         data = self.config.data
@@ -102,22 +110,27 @@ class RewardTraining(Supervised[Preference]):
         averages = Averages()
         sides = ([p.prompt + p.chosen for p in examples], [p.prompt + p.rejected for p in examples])
         longest = [max(len(a), len(b)) for a, b in zip(*sides, strict=True)]
-        rewards = torch.empty(2, len(examples), device=self.device)
+        rewards = torch.zeros(2, len(examples), device=self.device)
         # a pair's two sides go together: their difference is the loss
-        for group in batches_by_tokens(longest, max(self.config.micro_batch_tokens // 2, 1)):
-            tokens, pack = Packed.of([side[i] for side in sides for i in group], self.device)
-            hidden = self.model.decoder(tokens, pack)[pack.cu_seqlens[1:] - 1]
-            chosen, rejected = self.model.of_hidden(hidden).split(len(group))
+        members = own_groups(longest, max(self.config.micro_batch_tokens // 2, 1), self.groups)
+        inputs = [Packed.of([side[i] for side in sides for i in group], self.device) for group in members]
+
+        def last(i: int, hidden: Tensor) -> Tensor:
+            group, (_, pack) = members[i], inputs[i]
+            ends = hidden[pack.cu_seqlens[1:] - 1]
+            chosen, rejected = self.model.of_hidden(ends).split(len(group))
             margins = None if self.config.loss == "bt" else torch.tensor([self._margin(examples[i]) for i in group])
             out = reward_loss(
                 chosen, rejected, None if margins is None else margins.to(self.device), kind=self.config.loss,
                 denominator=float(len(examples)),
             )  # fmt: skip
-            if torch.is_grad_enabled():
-                out.loss.backward()
             rewards[:, torch.tensor(group, device=self.device)] = torch.stack([chosen, rejected]).detach()
             averages.value("loss", out.losses.detach().mean(), float(len(group)))
-        metrics = averages.pop()
+            return out.loss
+
+        run(self.model.decoder, inputs, last)
+        rewards = assembled(rewards, self.groups)
+        metrics = averages.pop(self.groups)
         gap = rewards[0] - rewards[1]
         metrics |= {
             "accuracy": float(((gap > 0).float() + 0.5 * (gap == 0)).mean()), "reward_margin": float(gap.mean()),

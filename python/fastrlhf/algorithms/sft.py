@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..config import REQUIRED, option, section
-from ..data import Conversation, ConversationDataset, ConversationStream, batches_by_tokens, open_rows
+from ..data import Conversation, ConversationDataset, ConversationStream, open_rows
 from ..models import Decoder, Packed, save_decoder, token_logprobs
 from ..training.averages import Averages
+from ..training.batches import own_groups
+from ..training.layout import Layout, ParallelConfig
 from ..training.loop import RunConfig
 from ..training.metrics import Value
 from ..training.optim import OptimizerConfig
+from ..training.passes import run
 from ..training.policy import ModelConfig, load_matching_tokenizer, load_model
 from ..training.progress import Progress
 from ..training.supervised import Supervised
@@ -42,6 +46,7 @@ class SFTConfig:
     """Supervised fine-tuning."""
 
     run: RunConfig = section(RunConfig, "Where the run lives.")
+    parallel: ParallelConfig = section(ParallelConfig, "How it is spread over processes.")
     model: ModelConfig = section(ModelConfig, "The model to start from.")
     data: ConversationConfig = section(ConversationConfig, "Conversations.")
     steps: int = option(100, "Optimizer steps.", low=1)
@@ -56,13 +61,17 @@ class SFT(Supervised[Conversation]):
 
     def __init__(self, config: SFTConfig) -> None:
         self.config = config
-        model, self.device, _ = load_model(config.model, config.run.seed)
+        parallel = Layout.create(config.parallel)
+        model, self.device, _ = load_model(config.model, config.run.seed, parallel)
         self.tokenizer = load_matching_tokenizer(config.model.path, model)
         context = model.config.max_position_embeddings
         data = config.data
         held_out = None if data.held_out is None else self._dataset(data.held_out, context, data.held_out_limit)
         stream = ConversationStream(self._dataset(data.path, context), config.run.seed)
-        super().__init__(model, stream, held_out, config.optimizer, steps=config.steps, batch_size=config.batch_size)
+        super().__init__(
+            model, stream, held_out, config.optimizer, steps=config.steps, batch_size=config.batch_size,
+            groups=parallel.groups,
+        )  # fmt: skip
 
     def _dataset(self, path: str, context: int, limit: int | None = None) -> ConversationDataset:
         data = self.config.data
@@ -75,16 +84,19 @@ class SFT(Supervised[Conversation]):
     def accumulate(self, examples: Sequence[Conversation]) -> dict[str, float]:
         averages = Averages()
         answers = self.weight(examples)
-        for group in batches_by_tokens([len(c.tokens) for c in examples], self.config.micro_batch_tokens):
-            chosen = [examples[i] for i in sorted(group)]
-            tokens, pack = Packed.of([c.tokens for c in chosen], self.device)
-            wanted = torch.tensor([m for c in chosen for m in c.loss_mask], device=self.device).nonzero().squeeze(1)
-            hidden = self.model(tokens, pack)[wanted - 1]
-            out = token_logprobs(self.model, hidden, tokens[wanted])
-            if torch.is_grad_enabled():
-                (-out.logprobs.sum() / answers).backward()
+        members = own_groups([len(c.tokens) for c in examples], self.config.micro_batch_tokens, self.groups)
+        batches = [[examples[i] for i in sorted(group)] for group in members]
+        inputs = [Packed.of([c.tokens for c in chosen], self.device) for chosen in batches]
+
+        def last(i: int, hidden: Tensor) -> Tensor:
+            tokens = inputs[i][0]
+            wanted = torch.tensor([m for c in batches[i] for m in c.loss_mask], device=self.device).nonzero().squeeze(1)
+            out = token_logprobs(self.model, hidden[wanted - 1], tokens[wanted])
             averages.value("loss", -out.logprobs.detach().mean(), float(wanted.shape[0]))
-        return averages.pop() | {"answer_tokens": answers}
+            return -out.logprobs.sum() / answers
+
+        run(self.model, inputs, last)
+        return averages.pop(self.groups) | {"answer_tokens": answers}
 
     def length(self, example: Conversation) -> int:
         return len(example.tokens)

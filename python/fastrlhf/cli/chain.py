@@ -14,6 +14,7 @@ from typing import Any
 
 from ..config import ConfigError
 from ..errors import UserError, extra
+from ..parallel.launch import processes
 from ..training.loop import COLUMNS, Result
 from ..training.report import write_report
 from .console import Console
@@ -47,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    if processes() > 1:
+        raise ConfigError(f"chain: runs in one process, this run has {processes()}; give its training commands one by one")
     file = Path(words.pop(0))
     variables, stages = read(file, words)
     started = time.monotonic()

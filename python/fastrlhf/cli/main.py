@@ -22,10 +22,14 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train a model: sft, reward, ppo, grpo, rloo", "fastrlhf.cli.train:main"),
     "chain": Command("run several of these one after another, as SFT, reward model and PPO", "fastrlhf.cli.chain:main"),
+    "plan": Command("which tp x pp x dp of a model fit on so many GPUs, computed", "fastrlhf.cli.plan:main"),
     "generate": Command("sample completions from a model", "fastrlhf.cli.generate:main"),
     "init": Command("make a small model with random weights and its tokenizer", "fastrlhf.cli.init:main"),
     "report": Command("draw the curves of a run into report.html and report.png", "fastrlhf.cli.report:main"),
     "verify": Command("whether operations and patched frameworks are right on this machine", "fastrlhf.cli.verify:main"),
+    "refit": Command(
+        "plan a refit between two layouts, or check an engine's files against its contract", "fastrlhf.cli.refit:main"
+    ),
     "doctor": Command("what is installed here, and which kernels each operation will use", "fastrlhf.cli.doctor:main"),
 }
 USER_ERROR = 2

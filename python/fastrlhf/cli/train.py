@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
+
 from ..config import ConfigError
+from ..parallel.groups import coordinates
+from ..parallel.launch import rank, start
+from ..parallel.watch import Lost, Watch
+from ..training.layout import ParallelConfig
 from ..training.loop import COLUMNS, Result, fit, prepare
-from ..training.progress import Progress
+from ..training.progress import Progress, Silent
 from .arguments import arguments, user_errors
 from .console import Console
 
@@ -40,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     config = configure(name, words)
     if config is None:
         return 0
-    console = Console()
+    console = Console() if rank() == 0 else Silent()
     try:
         show(console, name, train(name, config, progress=console))
     finally:
@@ -75,10 +82,43 @@ def configure(name: str, words: Sequence[str]) -> Any:
 
 
 def train(name: str, config: Any, *, progress: Progress) -> Result:
-    """Run an algorithm as configured."""
-    prepare(config.run)
-    with user_errors():
-        return fit(classes(name)[1](config), config.run, config, progress)
+    """Run an algorithm as configured, together with the other processes that torchrun or SLURM started."""
+    with joined(config.parallel) as watch:
+        prepare(config.run)
+        with user_errors():
+            algorithm = classes(name)[1](config)
+            if watch is not None:
+                progress.message(algorithm.groups.picture())
+            try:
+                return fit(algorithm, config.run, config, progress, watch)
+            finally:
+                if close := getattr(algorithm, "close", None):
+                    close()
+
+
+@contextmanager
+def joined(config: ParallelConfig) -> Iterator[Watch | None]:
+    """Within: this process is one of the run's, and watched by the others where there are others."""
+    start(config.timeout)
+    if not dist.is_initialized():
+        yield None
+        return
+    world = dist.get_world_size()
+    dp = max(world // (config.tp * config.pp), 1)
+    store = dist.distributed_c10d._get_default_store()
+    watch = Watch(
+        store, dist.get_rank(), world, timeout=config.silence, place=lambda r: coordinates(r, config.tp, config.pp, dp)
+    )
+    try:
+        yield watch
+    except BaseException as error:
+        if not isinstance(error, Lost):
+            watch.fail(error)
+        raise
+    else:
+        dist.barrier()
+        watch.close()
+        dist.destroy_process_group()
 
 
 def show(progress: Progress, name: str, result: Result) -> None:

@@ -10,7 +10,7 @@ from .characters import character_tokenizer
 from .conversations import Conversation, ConversationDataset, ConversationStream
 from .dataset import Dataset, ExampleStream, Skipped
 from .order import Order, Stream
-from .packing import batches_by_tokens, pack
+from .packing import batches_by_tokens, micro_batches_for, pack, spread
 from .preferences import Preference, PreferenceDataset, PreferenceStream
 from .prompts import Prompt, PromptDataset, PromptStream
 from .rows import DataError, Row, Rows, TooLong, UnusableRow
@@ -42,11 +42,13 @@ __all__ = [
     "batches_by_tokens",
     "character_tokenizer",
     "load_tokenizer",
+    "micro_batches_for",
     "open_rows",
     "pack",
     "render",
     "render_text",
     "split",
+    "spread",
     "texts_of",
     "train_tokenizer",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 
@@ -70,3 +71,28 @@ class _FirstWithRoom:
         while node := node // 2:
             self._most[node] = max(self._most[2 * node], self._most[2 * node + 1])
         return bin_
+
+
+def spread(lengths: Sequence[int], bins: int) -> list[list[int]]:
+    """Indices in `bins` bins of about equal sums of lengths, by longest-processing-time: the longest first, each to the bin
+    with the least so far. At most 4/3 - 1/(3 bins) of the best largest sum (Graham 1969). Deterministic."""
+    sums: list[tuple[int, int]] = [(0, b) for b in range(bins)]
+    out: list[list[int]] = [[] for _ in range(bins)]
+    for i in _longest_first(lengths):
+        total, at = heapq.heappop(sums)
+        out[at].append(i)
+        heapq.heappush(sums, (total + lengths[i], at))
+    return [sorted(members) for members in out]
+
+
+def micro_batches_for(lengths: Sequence[int], max_tokens: int, stages: int) -> list[list[int]]:
+    """`batches_by_tokens`, in at least as many bins as a pipeline has stages where there are as many sequences: fewer would
+    leave stages idle."""
+    if not lengths:
+        return []
+    bins = batches_by_tokens(lengths, max_tokens)
+    room = min(max_tokens, max(lengths) * len(lengths))
+    while len(bins) < min(stages, len(lengths)) and room > 1:
+        room = room * 3 // 4
+        bins = batches_by_tokens(lengths, room)
+    return bins

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from ..refit.session import Refit
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -54,12 +56,14 @@ class Sampling:
 @dataclass(frozen=True)
 class Completion:
     """`logprobs` are of the tokens under what they were drawn from, in nats. `finish_reason` is "stop" (an end token or
-    string) or "length". `weight_version` is that of the weights which drew its first token."""
+    string), "length", or "abort" where new weights cut it off. `weight_version` is that of the weights which drew its first
+    token; `weight_spans` has (version, tokens) for each stretch of tokens, one unless weights changed under way."""
 
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str
     weight_version: int = 0
+    weight_spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def ended(self) -> bool:
@@ -104,6 +108,11 @@ class Engine(Protocol):
         """The same, each as it ends."""
         ...
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
-        """Take new weights (Hugging Face names; None where the engine shares the trainer's) before the next call."""
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Refit:
+        """Take new weights before the next call: those given, by Hugging Face names, or None for those of the model that the
+        engine was made for, as they are now."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the engine started."""
         ...

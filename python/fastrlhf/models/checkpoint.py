@@ -6,23 +6,23 @@ Weights are read one at a time and each rank keeps its share. Nothing is unpickl
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import extra
-from ..parallel import ColumnParallelLinear, ParallelGroups, RowParallelLinear, VocabParallelEmbedding
+from ..parallel import ColumnParallelLinear, ParallelGroups, RowParallelLinear, Stages, VocabParallelEmbedding
+from ..parallel.groups import Axis
 from ..parallel.layers import whole_of
+from ..parallel.sharding import sharding_of
 from .config import DecoderConfig
 from .decoder import Decoder, RMSNorm
+from .export import HEAD, INDEX, WEIGHTS, save_weights
 from .heads import ScalarModel
 from .lora import Adapter
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-HEAD = "score.weight"
 
 
 def read_config(directory: str | Path) -> DecoderConfig:
@@ -42,26 +42,36 @@ def read_config(directory: str | Path) -> DecoderConfig:
 
 def load_decoder(
     directory: str | Path, *, groups: ParallelGroups | None = None, head: bool = True,
-    device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu", dtype: torch.dtype | None = None, stages: Stages | None = None,
+    sequence_parallel: bool = False,
 ) -> Decoder:  # fmt: skip
-    """A decoder with the weights of a Hugging Face directory, in `dtype` (None: that of the config's torch_dtype).
+    """A decoder with the weights of a Hugging Face directory, in `dtype` (None: that of the config's torch_dtype). Each process
+    reads what it holds: `stages` and `sequence_parallel` as for `Decoder`.
 
     Raises:
         FileNotFoundError, ValueError: files or weights that are missing or of another shape; names the first.
     """
     config = read_config(directory)
-    model = Decoder(config, groups=groups, head=head, device=device, dtype=dtype or _dtype_of(config))
+    try:
+        model = Decoder(
+            config, groups=groups, head=head, device=device, dtype=dtype or _dtype_of(config), stages=stages,
+            sequence_parallel=sequence_parallel,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
     _fill(model, directory)
     return model
 
 
 def load_scalar_model(
     directory: str | Path, *, groups: ParallelGroups | None = None, device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None, seed: int = 0,
+    dtype: torch.dtype | None = None, seed: int = 0, stages: Stages | None = None, sequence_parallel: bool = False,
 ) -> ScalarModel:  # fmt: skip
     """A decoder with a scalar head. From a reward model's directory the head comes with it; over a language model's it
     starts near 0 (`seed`)."""
-    decoder = load_decoder(directory, groups=groups, head=False, device=device, dtype=dtype)
+    decoder = load_decoder(
+        directory, groups=groups, head=False, device=device, dtype=dtype, stages=stages, sequence_parallel=sequence_parallel
+    )
     source = decoder.config.source
     model = ScalarModel(decoder, mean=source.get("reward_mean", 0.0), std=source.get("reward_std", 1.0))
     found = dict(_read(Path(directory), lambda name: name == HEAD))
@@ -87,9 +97,9 @@ def save_decoder(
 ) -> None:  # fmt: skip
     """Write a directory that `load_decoder` and transformers' AutoModelForCausalLM read. Adapters are merged in.
 
-    Collective over the tensor-parallel group; its first rank writes.
+    Collective over all processes. The first writes, and holds no more than one file's weights at a time.
     """
-    _save(model, {}, model.config.to_hf("CausalLM"), directory, tokenizer, dtype, max_shard_bytes)
+    save_weights(model, {}, model.config.to_hf("CausalLM"), directory, tokenizer, dtype, max_shard_bytes)
 
 
 def save_scalar_model(
@@ -102,71 +112,99 @@ def save_scalar_model(
     config |= {"reward_mean": model.mean, "reward_std": model.std}
     if tokenizer is not None:
         config["pad_token_id"] = tokenizer.pad_token_id
-    _save(model.decoder, {HEAD: model.score}, config, directory, tokenizer, dtype, max_shard_bytes)
+    save_weights(model.decoder, {HEAD: model.score}, config, directory, tokenizer, dtype, max_shard_bytes)
 
 
 def named_weights(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Every whole weight under its Hugging Face name, adapters merged in. Collective over the tensor-parallel group."""
+    """Every whole weight of this process's stages under its Hugging Face name, adapters merged in. Collective over the
+    tensor-parallel group."""
+    for place in places(model):
+        yield place.name, place.whole()
+
+
+class Place(NamedTuple):
+    """A Hugging Face weight and the module that holds it: `part` of a fused weight, `kind` "weight" or "bias"."""
+
+    name: str
+    module: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding | RMSNorm
+    part: str
+    kind: str
+
+    @property
+    def parameter(self) -> Tensor:
+        """What of it this rank holds, as a view; without adapters."""
+        held: Tensor = getattr(self.module, self.kind)
+        return held[self.module.rows(self.part)] if isinstance(self.module, ColumnParallelLinear) else held
+
+    @property
+    def dim(self) -> int | None:
+        """Along which tp cuts it."""
+        if isinstance(self.module, RowParallelLinear):
+            return 1 if self.kind == "weight" else None
+        return None if isinstance(self.module, RMSNorm) else 0
+
+    @property
+    def axis(self) -> Axis:
+        """Over which it is cut."""
+        return Axis() if isinstance(self.module, RMSNorm) else self.module.axis
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole weight."""
+        shape = list(self.parameter.shape)
+        if self.dim is not None:
+            shape[self.dim] *= self.axis.size
+        return tuple(shape)
+
+    def whole(self) -> Tensor:
+        held = self.parameter.detach()
+        adapter = getattr(self.module, "adapter", None)
+        if isinstance(adapter, Adapter) and self.kind == "weight":
+            held = adapter.merge(self.module.weight.detach())
+            held = held[self.module.rows(self.part)] if isinstance(self.module, ColumnParallelLinear) else held
+        return held if self.dim is None else whole_of(held, self.dim, self.axis)
+
+    def load(self, whole: Tensor) -> None:
+        """Copy this rank's share of the whole weight."""
+        if isinstance(self.module, RMSNorm):
+            _load_norm(self.name, self.module, whole)
+        else:
+            self.module.load(self.part, self.kind, whole)
+
+
+def places(model: Decoder, shared: bool = False) -> Iterator[Place]:
+    """Where this process holds each Hugging Face weight of its stages; `shared`: also a second copy of a tied embedding."""
     for prefix, module in model.named_modules():
         base = "model." + prefix
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            yield from _linear_weights(base, module)
+        if isinstance(module, ColumnParallelLinear):
+            parent = base.rsplit(".", 1)[0]
+            kinds = ("weight", "bias") if module.bias is not None else ("weight",)
+            for part in module.parts:
+                for kind in kinds:
+                    yield Place(f"{parent}.{part}.{kind}", module, part, kind)
+        elif isinstance(module, RowParallelLinear):
+            yield Place(base + ".weight", module, prefix, "weight")
+            if module.bias is not None:
+                yield Place(base + ".bias", module, prefix, "bias")
         elif isinstance(module, VocabParallelEmbedding):
-            name = "lm_head.weight" if prefix == "lm_head" else base + ".weight"
-            yield name, whole_of(module.weight, 0, module.axis)
+            if not sharding_of(module.weight).shared:
+                yield Place("lm_head.weight" if prefix == "lm_head" else base + ".weight", module, prefix, "weight")
+            elif shared:
+                yield Place("model.embed_tokens.weight", module, prefix, "weight")
         elif isinstance(module, RMSNorm):
-            yield base + ".weight", module.weight
+            yield Place(base + ".weight", module, prefix, "weight")
 
 
-def _linear_weights(base: str, module: ColumnParallelLinear | RowParallelLinear) -> Iterator[tuple[str, Tensor]]:
-    weight = module.weight.detach()
-    if isinstance(module.adapter, Adapter):
-        weight = module.adapter.merge(weight)
-    if isinstance(module, RowParallelLinear):
-        yield base + ".weight", whole_of(weight, 1, module.axis)
-        if module.bias is not None:
-            yield base + ".bias", module.bias
-        return
-    parent = base.rsplit(".", 1)[0]
-    for part in module.parts:
-        yield f"{parent}.{part}.weight", whole_of(weight[module.rows(part)], 0, module.axis)
-        if module.bias is not None:
-            yield f"{parent}.{part}.bias", whole_of(module.bias[module.rows(part)], 0, module.axis)
+def _load_norm(name: str, module: RMSNorm, whole: Tensor) -> None:
+    if whole.shape != module.weight.shape:
+        raise ValueError(f"{name}: expected shape {tuple(module.weight.shape)}, the checkpoint has {tuple(whole.shape)}")
+    with torch.no_grad():
+        module.weight.copy_(whole)
 
 
 def _loaders(model: Decoder) -> dict[str, Callable[[Tensor], None]]:
     """What takes each Hugging Face weight."""
-    out: dict[str, Callable[[Tensor], None]] = {}
-
-    def take(name: str, module: Any, part: str, kind: str) -> None:
-        out[name] = lambda whole: module.load(part, kind, whole)
-
-    for prefix, module in model.named_modules():
-        base = "model." + prefix
-        kinds = ["weight", *(["bias"] if getattr(module, "bias", None) is not None else [])]
-        if isinstance(module, ColumnParallelLinear):
-            parent = base.rsplit(".", 1)[0]
-            for part in module.parts:
-                for kind in kinds:
-                    take(f"{parent}.{part}.{kind}", module, part, kind)
-        elif isinstance(module, RowParallelLinear):
-            for kind in kinds:
-                take(f"{base}.{kind}", module, prefix, kind)
-        elif isinstance(module, VocabParallelEmbedding):
-            take("lm_head.weight" if prefix == "lm_head" else base + ".weight", module, prefix, "weight")
-        elif isinstance(module, RMSNorm):
-            out[base + ".weight"] = _norm_loader(base + ".weight", module)
-    return out
-
-
-def _norm_loader(name: str, module: RMSNorm) -> Callable[[Tensor], None]:
-    def load(whole: Tensor) -> None:
-        if whole.shape != module.weight.shape:
-            raise ValueError(f"{name}: expected shape {tuple(module.weight.shape)}, the checkpoint has {tuple(whole.shape)}")
-        with torch.no_grad():
-            module.weight.copy_(whole)
-
-    return load
+    return {place.name: place.load for place in places(model, shared=True)}
 
 
 def load_weights(model: Decoder, weights: Iterator[tuple[str, Tensor]], where: str = "weights") -> None:
@@ -212,44 +250,6 @@ def _files(directory: Path) -> list[Path]:
     if missing := [n for n in names if not (directory / n).is_file()]:
         raise FileNotFoundError(f"model: {index} names {missing[0]}, which does not exist")
     return [directory / n for n in names]
-
-
-def _save(
-    model: Decoder, head: Mapping[str, Tensor], config: dict[str, Any], directory: str | Path, tokenizer: Any,
-    dtype: torch.dtype | None, max_shard_bytes: int,
-) -> None:  # fmt: skip
-    directory, writer = Path(directory), model.groups.tp.rank == 0
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in [*head.items(), *named_weights(model)]:
-        if not writer:
-            continue
-        held = tensor.detach().to("cpu", dtype if name != HEAD else torch.float32).contiguous()
-        if size and size + held.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = held
-        size += held.nbytes
-    if not writer:
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    kind = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
-    config |= {"torch_dtype": kind, "dtype": kind}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file = extra("safetensors.torch").save_file
-    if len(shards) == 1:
-        save_file(shards[0], directory / WEIGHTS, metadata={"format": "pt"})
-    else:
-        where: dict[str, str] = {}
-        total = 0
-        for i, shard in enumerate(shards):
-            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            save_file(shard, directory / name, metadata={"format": "pt"})
-            where |= dict.fromkeys(shard, name)
-            total += sum(t.nbytes for t in shard.values())
-        (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
 
 
 def _dtype_of(config: DecoderConfig) -> torch.dtype:

@@ -28,7 +28,7 @@ def token_logprobs(
 
     Give only the positions that are wanted: the others are then never multiplied.
     """
-    head, tp = model.lm_head or model.embed_tokens, model.groups.tp
+    head, tp = model.head, model.groups.tp
     parallel = None
     if tp.size > 1:
         parallel = ops.VocabParallel(tp.group, head.first, head.first + head.rows, model.config.vocab_size)
@@ -48,8 +48,11 @@ class ScalarModel(nn.Module):
     def __init__(self, decoder: Decoder, *, mean: float = 0.0, std: float = 1.0) -> None:
         super().__init__()
         self.decoder = decoder
-        device = decoder.embed_tokens.weight.device
-        self.score = nn.Parameter(torch.zeros(1, decoder.config.hidden_size, device=device, dtype=torch.float32))
+        zeros = torch.zeros(1, decoder.config.hidden_size, device=decoder.device, dtype=torch.float32)
+        if decoder.groups.pp.last:
+            self.score = nn.Parameter(zeros)
+        else:  # the head is with the last stage; here it has a shape and learns nothing
+            self.register_buffer("score", zeros, persistent=False)
         self.mean, self.std = mean, std
 
     @torch.no_grad()

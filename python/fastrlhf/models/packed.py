@@ -54,7 +54,11 @@ class Packed:
         return torch.tensor(flat, dtype=torch.int64, device=device), Packed([len(s) for s in sequences], device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
-        """Causal attention within each sequence: q (total, heads, D), k and v (total, kv heads, D) -> (total, heads · D)."""
+        """Causal attention within each sequence: q (total, heads, D), k and v (total, kv heads, D) -> (total, heads · D).
+        Rows past the total are padding and get zeros."""
+        rows, total = q.shape[0], self.positions.shape[0]
+        if rows > total:
+            return F.pad(self.attend(q[:total], k[:total], v[:total], attention), (0, 0, 0, rows - total))
         if self._turns is None:
             cos, sin = attention.rotary.upto(self.longest, q.device)
             self._turns = (cos[self.positions], sin[self.positions])

@@ -1,15 +1,29 @@
-"""Linear layers and embeddings whose weights are shards of the tensor-parallel group's. tp = 1 is the whole weight."""
+"""Linear layers and embeddings whose weights are shards of the tensor-parallel group's. tp = 1 is the whole weight.
+
+With sequence parallelism what comes into a column-parallel layer and out of a row-parallel one is this rank's share of the
+rows (tokens / tp, ...).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .collectives import copy_to_shards, gather_last, sum_of_shards
+from .collectives import column_linear, copy_to_shards, gather_last, scatter_rows, sum_of_shards
 from .groups import Axis, ParallelGroups
+from .sharding import Piece, Sharding, even, mark
+
+
+@dataclass
+class SequenceParallel:
+    """Whether the tp ranks share the rows between the blocks of a model; all of its layers look at the same one."""
+
+    on: bool = False
+
 
 Adapter = Callable[[Tensor, Tensor], Tensor]  # (input, output of the layer) -> output with the adapter's share
 
@@ -22,15 +36,28 @@ class ColumnParallelLinear(nn.Module):
 
     def __init__(
         self, inputs: int, parts: Mapping[str, int], *, bias: bool, groups: ParallelGroups,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, sequence: SequenceParallel | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.axis = groups.tp
+        self.axis, self.sequence = groups.tp, sequence or SequenceParallel()
         self.parts = {name: self.axis.share(name, width) for name, width in parts.items()}
         width = sum(self.parts.values())
         self.weight = nn.Parameter(torch.empty(width, inputs, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(width, device=device, dtype=dtype)) if bias else None
         self.adapter: Adapter | None = None
+        pieces = self._pieces()
+        whole = width * self.axis.size
+        mark(self.weight, Sharding((whole, inputs), 0, pieces))
+        if self.bias is not None:
+            mark(self.bias, Sharding((whole,), 0, pieces))
+
+    def _pieces(self) -> tuple[Piece, ...]:
+        """The projections stand one after another in the whole weight too."""
+        pieces, local, whole = [], 0, 0
+        for width in self.parts.values():
+            pieces.append(Piece(local, whole + self.axis.rank * width, width))
+            local, whole = local + width, whole + width * self.axis.size
+        return tuple(pieces)
 
     def rows(self, part: str) -> slice:
         """Where a projection lies in this rank's weight."""
@@ -46,8 +73,7 @@ class ColumnParallelLinear(nn.Module):
         _load(f"{part}.{kind}", getattr(self, kind)[self.rows(part)], whole, 0, self.axis)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = copy_to_shards(x, self.axis)
-        y = F.linear(x, self.weight, self.bias)
+        y = column_linear(x, self.weight, self.bias, self.axis, self.sequence.on)
         return y if self.adapter is None else self.adapter(x, y)
 
 
@@ -56,13 +82,16 @@ class RowParallelLinear(nn.Module):
 
     def __init__(
         self, inputs: int, outputs: int, *, bias: bool, groups: ParallelGroups,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, sequence: SequenceParallel | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.axis = groups.tp
+        self.axis, self.sequence = groups.tp, sequence or SequenceParallel()
         self.weight = nn.Parameter(torch.empty(outputs, self.axis.share("inputs", inputs), device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None
         self.adapter: Adapter | None = None
+        mark(self.weight, even(self.weight, 1, self.axis.rank, self.axis.size))
+        if self.bias is not None:
+            mark(self.bias, Sharding((outputs,), partial=self.sequence.on))
 
     def load(self, name: str, kind: str, whole: Tensor) -> None:
         """Copy this rank's share of the whole `kind` ("weight" or "bias")."""
@@ -75,7 +104,7 @@ class RowParallelLinear(nn.Module):
         y = F.linear(x, self.weight)
         if self.adapter is not None:
             y = self.adapter(x, y)
-        y = sum_of_shards(y, self.axis)
+        y = scatter_rows(y, self.axis) if self.sequence.on else sum_of_shards(y, self.axis)
         return y if self.bias is None else y + self.bias
 
 
@@ -84,12 +113,13 @@ class VocabParallelEmbedding(nn.Module):
 
     def __init__(
         self, vocab: int, hidden: int, *, groups: ParallelGroups,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, sequence: SequenceParallel | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.axis = groups.tp
+        self.axis, self.sequence = groups.tp, sequence or SequenceParallel()
         self.rows = self.axis.share("vocabulary", vocab)
         self.weight = nn.Parameter(torch.empty(self.rows, hidden, device=device, dtype=dtype))
+        mark(self.weight, even(self.weight, 0, self.axis.rank, self.axis.size))
 
     @property
     def first(self) -> int:
@@ -105,7 +135,7 @@ class VocabParallelEmbedding(nn.Module):
         local = tokens - self.first
         mine = (local >= 0) & (local < self.rows)
         x = F.embedding(torch.where(mine, local, 0), self.weight) * mine.unsqueeze(-1)
-        return sum_of_shards(x, self.axis)
+        return scatter_rows(x, self.axis) if self.sequence.on else sum_of_shards(x, self.axis)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden Wᵀ: (…, hidden) -> this rank's (…, V / tp)."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..data import batches_by_tokens
+from ..data import micro_batches_for, spread
 from ..models import Decoder, Packed, ScalarModel, token_logprobs
 from ..models.packed import offsets_of
+from ..parallel import ParallelGroups
+from .passes import assembled, run
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,22 @@ class MicroBatch:
     cu_seqlens: Tensor
 
 
-def micro_batches(sequences: Sequences, members: Sequence[int], max_tokens: int, device: torch.device) -> Iterator[MicroBatch]:
-    """The members in packs of similar lengths of at most max_tokens, padding counted."""
+def own_groups(lengths: Sequence[int], max_tokens: int, groups: ParallelGroups | None = None) -> list[list[int]]:
+    """Which sequences go through the model together in this dp rank: its part of them, about the same number of tokens for
+    each rank, in micro-batches of similar lengths of at most max_tokens, padding counted."""
+    groups = groups or ParallelGroups()
+    mine = spread(lengths, groups.dp.size)[groups.dp.rank]
+    bins = micro_batches_for([lengths[i] for i in mine], max_tokens, groups.pp.size)
+    return [[mine[i] for i in members] for members in bins]
+
+
+def micro_batches(
+    sequences: Sequences, members: Sequence[int], max_tokens: int, device: torch.device, groups: ParallelGroups | None = None
+) -> Iterator[MicroBatch]:
+    """Those of the members that are this dp rank's, as `own_groups` has them."""
     offsets = sequences.offsets
     lengths = [len(sequences.tokens[m]) for m in members]
-    for group in batches_by_tokens(lengths, max_tokens):
+    for group in own_groups(lengths, max_tokens, groups):
         chosen = sorted(members[i] for i in group)
         tokens, pack = Packed.of([sequences.tokens[m] for m in chosen], device)
         whole = [len(sequences.tokens[m]) for m in chosen]
@@ -69,32 +82,44 @@ def micro_batches(sequences: Sequences, members: Sequence[int], max_tokens: int,
 
 
 def completion_logprobs(model: Decoder, sequences: Sequences, *, max_tokens: int, temperature: float = 1.0) -> Tensor:
-    """log π of every completion token, packed, float32, without gradient."""
-    device = model.embed_tokens.weight.device
-    out = torch.empty(int(sequences.offsets[-1]), device=device)
-    with torch.no_grad():
-        for batch in micro_batches(sequences, range(len(sequences)), max_tokens, device):
-            hidden = model(batch.tokens, batch.pack)[batch.at]
-            out[batch.rows] = token_logprobs(model, hidden, batch.labels, temperature=temperature).logprobs
-    return out
+    """log π of every completion token, packed, float32, without gradient. Collective over all processes, which all get it."""
+
+    def of(batch: MicroBatch, hidden: Tensor) -> Tensor:
+        return token_logprobs(model, hidden, batch.labels, temperature=temperature).logprobs
+
+    return _of_tokens(model, sequences, max_tokens, of)
 
 
 def completion_values(model: ScalarModel, sequences: Sequences, *, max_tokens: int) -> Tensor:
-    """V of the state before every completion token, packed, float32, without gradient."""
-    device = model.score.device
-    out = torch.empty(int(sequences.offsets[-1]), device=device)
+    """V of the state before every completion token, packed, float32, without gradient. Collective over all processes."""
+    return _of_tokens(model.decoder, sequences, max_tokens, lambda batch, hidden: model.of_hidden(hidden))
+
+
+def _of_tokens(model: Decoder, sequences: Sequences, max_tokens: int, of: Callable[[MicroBatch, Tensor], Tensor]) -> Tensor:
+    device, groups = model.device, model.groups
+    out = torch.zeros(int(sequences.offsets[-1]), device=device)
+    batches = list(micro_batches(sequences, range(len(sequences)), max_tokens, device, groups))
+
+    def last(i: int, hidden: Tensor) -> None:
+        out[batches[i].rows] = of(batches[i], hidden[batches[i].at])
+
     with torch.no_grad():
-        for batch in micro_batches(sequences, range(len(sequences)), max_tokens, device):
-            out[batch.rows] = model(batch.tokens, batch.pack)[batch.at]
-    return out
+        run(model, [(b.tokens, b.pack) for b in batches], last)
+    return assembled(out, groups)
 
 
 def last_token_scores(model: ScalarModel, tokens: Sequence[Sequence[int]], *, max_tokens: int) -> Tensor:
-    """What a reward model says at the last token of each sequence, float32 (B), standardised, without gradient."""
-    out = torch.empty(len(tokens), device=model.score.device)
+    """What a reward model says at the last token of each sequence, float32 (B), standardised, without gradient. Collective
+    over all processes."""
+    groups, device = model.decoder.groups, model.score.device
+    out = torch.zeros(len(tokens), device=device)
+    members = own_groups([len(t) for t in tokens], max_tokens, groups)
+    inputs = [Packed.of([tokens[i] for i in group], device) for group in members]
+
+    def last(i: int, hidden: Tensor) -> None:
+        ends = hidden[inputs[i][1].cu_seqlens[1:] - 1]
+        out[torch.tensor(members[i], device=device)] = model.standardized(model.of_hidden(ends))
+
     with torch.no_grad():
-        for group in batches_by_tokens([len(t) for t in tokens], max_tokens):
-            flat, pack = Packed.of([tokens[i] for i in group], model.score.device)
-            hidden = model.decoder(flat, pack)[pack.cu_seqlens[1:] - 1]
-            out[torch.tensor(group, device=out.device)] = model.standardized(model.of_hidden(hidden))
-    return out
+        run(model.decoder, inputs, last)
+    return assembled(out, groups)

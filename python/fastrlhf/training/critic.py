@@ -13,11 +13,15 @@ from ..config import option, section
 from ..errors import ConfigError
 from ..models import load_scalar_model, save_scalar_model
 from ..ops import value_loss
+from ..parallel.collectives import summed
 from .averages import Averages
 from .batches import Sequences, completion_values, micro_batches
+from .layout import Layout
 from .optim import Optimizer, OptimizerConfig, trainable
+from .passes import assembled, run
 from .policy import minibatches
 from .rollout import Rollout
+from .shards import weights_of
 from .state import load_into
 
 
@@ -40,10 +44,12 @@ class CriticConfig:
 class Critic:
     def __init__(
         self, config: CriticConfig, path: str, *, seed: int, total_steps: int, rollout_size: int, vocab_size: int,
-        device: torch.device, dtype: torch.dtype | None,
+        device: torch.device, dtype: torch.dtype | None, parallel: Layout | None = None,
     ) -> None:  # fmt: skip
         self.config, self.seed = config, seed
-        self.model = load_scalar_model(config.path or path, device=device, dtype=dtype, seed=seed)
+        start, parallel = config.path or path, parallel or Layout()
+        self.model = load_scalar_model(start, device=device, dtype=dtype, seed=seed, **parallel.of(start))
+        self.groups = self.model.decoder.groups
         if self.model.decoder.config.vocab_size != vocab_size:
             raise ConfigError(
                 f"critic.path: {config.path} has a vocabulary of {self.model.decoder.config.vocab_size}, "
@@ -52,7 +58,7 @@ class Critic:
         self.model.decoder.checkpoint_activations = config.checkpoint_activations
         self.minibatch = min(config.minibatch_size or rollout_size, rollout_size)
         steps = total_steps * config.epochs * -(-rollout_size // self.minibatch)
-        self.optimizer = Optimizer(trainable(self.model), config.optimizer, steps)
+        self.optimizer = Optimizer(trainable(self.model), config.optimizer, steps, self.groups)
 
     def values(self, sequences: Sequences) -> Tensor:
         """(tokens) of the completions, packed."""
@@ -60,32 +66,53 @@ class Critic:
 
     def update(self, rollout: Rollout, returns: Tensor, *, step: int) -> dict[str, float]:
         """Epochs of minibatches over a rollout, towards `returns` (tokens)."""
-        assert rollout.values is not None
         averages = Averages()
-        lengths = rollout.sequences.completion_lengths
         for epoch in range(self.config.epochs):
             for members in minibatches(len(rollout), self.minibatch, self.seed, step, epoch):
-                tokens = sum(lengths[m] for m in members)
-                total = torch.zeros((), device=returns.device)
-                for batch in micro_batches(rollout.sequences, members, self.config.micro_batch_tokens, returns.device):
-                    hidden = self.model.decoder(batch.tokens, batch.pack)[batch.at]
-                    out = value_loss(
-                        self.model.of_hidden(hidden), rollout.values[batch.rows], returns[batch.rows], None,
-                        clip=self.config.clip, denominator=float(tokens), cu_seqlens=batch.cu_seqlens,
-                    )  # fmt: skip
-                    out.loss.backward()
-                    total += out.loss.detach()
-                    averages.add(out.stats)
+                total = self._accumulate(rollout, returns, members, averages)
                 for name, value in self.optimizer.step("critic", total).items():
                     averages.value(name, value)
                 averages.value("loss", total)
-        return averages.pop()
+        return averages.pop(self.groups)
+
+    def _accumulate(self, rollout: Rollout, returns: Tensor, members: list[int], averages: Averages) -> Tensor:
+        """The gradient of a minibatch's loss; the loss."""
+        values, device = rollout.values, returns.device
+        assert values is not None
+        lengths = rollout.sequences.completion_lengths
+        tokens = float(sum(lengths[m] for m in members))
+        total, predicted = torch.zeros((), device=device), torch.zeros_like(returns)
+        most = self.config.micro_batch_tokens
+        batches = list(micro_batches(rollout.sequences, members, most, device, self.groups))
+
+        def last(i: int, hidden: Tensor) -> Tensor:
+            batch = batches[i]
+            new = self.model.of_hidden(hidden[batch.at])
+            out = value_loss(
+                new, values[batch.rows], returns[batch.rows], None,
+                clip=self.config.clip, denominator=tokens, cu_seqlens=batch.cu_seqlens,
+            )  # fmt: skip
+            predicted[batch.rows] = new.detach()
+            total.add_(out.loss.detach())
+            averages.add(out.stats, leave_out=("explained_variance",))
+            return out.loss
+
+        run(self.model.decoder, [(b.tokens, b.pack) for b in batches], last)
+        rows = torch.zeros_like(returns)
+        cu = rollout.sequences.offsets.tolist()
+        for m in members:
+            rows[cu[m] : cu[m + 1]] = 1
+        seen = rows.bool()
+        averages.value("explained_variance", explained_variance(assembled(predicted, self.groups)[seen], returns[seen]), tokens)
+        return summed(total, self.groups.replicas)
 
     def save(self, directory: Path, tokenizer: Any) -> None:
         save_scalar_model(self.model, directory, tokenizer=tokenizer)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {"critic": dict(trainable(self.model)), "critic_optimizer": self.optimizer.save()[0]}
+        return {
+            "critic": weights_of(trainable(self.model), self.groups), "critic_optimizer": self.optimizer.save()[0],
+        }  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         return self.optimizer.save()[1]
@@ -93,3 +120,9 @@ class Critic:
     def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         load_into(trainable(self.model), tensors["critic"], "critic")
         self.optimizer.load(tensors["critic_optimizer"], state)
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns)."""
+    variance = torch.var(returns, correction=0)
+    return float(1 - torch.var(returns - values, correction=0) / variance.clamp(min=1e-12))

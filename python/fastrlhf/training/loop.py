@@ -17,13 +17,15 @@ from torch import Tensor
 
 from ..config import REQUIRED, option, to_dict, to_yaml
 from ..errors import CheckpointError, ConfigError, UserError
+from ..parallel.watch import Watch
 from .checkpoint import Checkpoints, restore_rng, rng_tensors
 from .memory import PeakMemory, keep_freed_memory
-from .metrics import METRICS, SAMPLES, TABLES, Metrics, Value, read_lines
+from .metrics import METRICS, SAMPLES, TABLES, Metrics, Unwritten, Value, read_lines
 from .optim import NotFinite
 from .progress import Progress, Silent
 from .report import write_report
 from .timers import Timers
+from .together import LostRun, Together
 
 COLUMNS = ("held-out metric", "before", "after", "after / before")
 CHECKPOINTS, FINAL, CONFIG = "checkpoints", "final", "config.yaml"
@@ -74,6 +76,9 @@ class Algorithm(Protocol):
     def state(self) -> dict[str, Any]:
         """The same, of what JSON holds."""
 
+    def prepare(self) -> None:
+        """Make every tensor that `tensors` may name, for a checkpoint to be read into."""
+
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None: ...
 
     def export(self, directory: Path) -> None:
@@ -111,6 +116,10 @@ def prepare(run: RunConfig) -> None:
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     keep_freed_memory()
+    Together().lead(lambda: _make_room(run))
+
+
+def _make_room(run: RunConfig) -> None:
     directory = Path(run.directory)
     if run.resume != "never" or not (directory / METRICS).exists():
         return
@@ -125,29 +134,49 @@ def prepare(run: RunConfig) -> None:
         shutil.rmtree(directory / name, ignore_errors=True)
 
 
-def fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress | None = None) -> Result:
-    """Run an algorithm to its last step, from a checkpoint if `run.resume` says so.
+def fit(
+    algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress | None = None, watch: Watch | None = None
+) -> Result:
+    """Run an algorithm to its last step, from a checkpoint if `run.resume` says so. Collective over all processes of a run; the
+    first one writes.
+
+    Args:
+        watch: of this process, where there are several.
 
     Raises:
         UserError: what went wrong and in which step. What was computed before it is saved: where the step had not yet
-            changed a weight, as a checkpoint of the steps before it.
+            changed a weight, as a checkpoint of the steps before it (of one process). Where another process is gone, which.
     """
+    together = Together(watch)
+    try:
+        return _fit(algorithm, run, config, progress or Silent(), together)
+    except Exception as error:
+        found = together.reason(error)
+        if found is error:
+            raise
+        raise found from error
+
+
+def _fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress, together: Together) -> Result:
     started = time.monotonic()
-    progress = progress or Silent()
+    progress = progress if together.leader else Silent()
     directory = Path(run.directory)
     directory.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(directory / CHECKPOINTS, keep=run.keep)
-    metrics = Metrics(directory, tensorboard=run.tensorboard, wandb=run.wandb, config=to_dict(config))
-    done = _resume(algorithm, run, checkpoints, progress)
-    (directory / CONFIG).write_text(to_yaml(config))
-    metrics.truncate(done + 1 if done else 0)
+    done = _resume(algorithm, run, checkpoints, progress, together)
+    metrics: Metrics | Unwritten = Unwritten()
+    if together.leader:
+        metrics = Metrics(directory, tensorboard=run.tensorboard, wandb=run.wandb, config=to_dict(config))
+        (directory / CONFIG).write_text(to_yaml(config))
+        metrics.truncate(done + 1 if done else 0)
     progress.stage(algorithm.name, algorithm.steps)
     saved = done if done else -1
     longest = 0.0
 
     def save(step: int, state: Mapping[str, Any], rng: Mapping[str, Tensor]) -> None:
         nonlocal saved
-        checkpoints.save(step, {**algorithm.tensors(), "rng": rng}, {"step": step, "algorithm": state})
+        with progress.phase("save"):
+            together.save(checkpoints, step, algorithm, {"step": step, "algorithm": state}, rng)
         saved = step
 
     def evaluate(step: int) -> None:
@@ -170,9 +199,11 @@ def fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress | 
                 try:
                     values = dict(algorithm.step(done + 1, progress))
                 except (UserError, ValueError, RuntimeError, KeyboardInterrupt) as error:
+                    alone = together.world == 1  # several may not be at the same place
                     raise _stopped(
-                        error, done, save if not algorithm.touched else None, before, rng, saved, checkpoints
-                    ) from error
+                        together.reason(error), done, save if alone and not algorithm.touched else None, before, rng, saved,
+                        checkpoints,
+                    ) from error  # fmt: skip
                 done += 1
                 numbers = metrics.log(done, values | algorithm.timers.pop() | memory.pop())
                 progress.step(done, numbers)
@@ -184,18 +215,22 @@ def fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress | 
                     evaluate(done)
                     algorithm.timers.pop()
                 longest = max(longest, time.monotonic() - begun)
-                out_of_time = run.time_limit is not None and time.monotonic() - started + 1.5 * longest > run.time_limit
-                if last or out_of_time or interrupted() or (run.save_every and done % run.save_every == 0):
+                late = run.time_limit is not None and time.monotonic() - started + 1.5 * longest > run.time_limit
+                out_of_time, asked = together.any(late), together.any(interrupted())
+                if last or out_of_time or asked or (run.save_every and done % run.save_every == 0):
                     save(done, algorithm.state(), rng_tensors())
-                if not last and (out_of_time or interrupted()):
+                if not last and (out_of_time or asked):
                     why = "the time limit is near" if out_of_time else "asked to stop"
                     progress.message(f"{why}: saved step {done} of {algorithm.steps}; --run.resume auto goes on")
                     break
         finished = done >= algorithm.steps
         if finished and run.export:
-            _export(algorithm, directory / FINAL)
+            with progress.phase("export"):
+                _export(algorithm, directory / FINAL, together)
     finally:
         metrics.close()
+    if not together.leader:
+        return Result(directory, done, finished, {}, {}, [])
     evals = [line for line in read_lines(directory / METRICS) if line.get("phase") == "eval"]
     first, final = (_numbers(evals[0]), _numbers(evals[-1])) if evals else ({}, {})
     rows = read_lines(directory / SAMPLES)
@@ -207,17 +242,13 @@ def fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress | 
     return result
 
 
-def _resume(algorithm: Algorithm, run: RunConfig, checkpoints: Checkpoints, progress: Progress) -> int:
+def _resume(algorithm: Algorithm, run: RunConfig, checkpoints: Checkpoints, progress: Progress, together: Together) -> int:
     if run.resume == "never":
         return 0
-    path = checkpoints.latest() if run.resume == "auto" else Path(run.resume)
+    path = together.lead(checkpoints.latest) if run.resume == "auto" else Path(run.resume)
     if path is None:
         return 0
-    tensors, state = checkpoints.load(path)
-    if "rng" not in tensors or "algorithm" not in state:
-        raise CheckpointError(f"{path}: this is no checkpoint of a run")
-    rng = tensors.pop("rng")
-    algorithm.restore(tensors, state["algorithm"])
+    rng, state = together.load(checkpoints, path, algorithm)
     restore_rng(rng)
     progress.message(f"resumed from {path}")
     return int(state["step"])
@@ -236,16 +267,18 @@ def _stopped(
     kept = f"the last checkpoint is {latest}" if latest else "there is no checkpoint yet"
     if not isinstance(error, UserError | ValueError):  # not the user's: its own type and traceback say more
         return error
-    kind = type(error) if type(error) in (NotFinite, CheckpointError, ConfigError) else UserError
+    kind = type(error) if type(error) in (NotFinite, CheckpointError, ConfigError, LostRun) else UserError
     return kind(f"step {done + 1}: {error}; {kept}")
 
 
-def _export(algorithm: Algorithm, final: Path) -> None:
+def _export(algorithm: Algorithm, final: Path, together: Together) -> None:
     aside = final.with_name(final.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    if together.leader:
+        shutil.rmtree(aside, ignore_errors=True)
     algorithm.export(aside)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
+    if together.leader:
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
 
 
 def _times(before: float, after: float) -> str:

@@ -130,6 +130,22 @@ class Metrics:
         self._files.clear()
 
 
+class Unwritten:
+    """The `Metrics` of a process that is not the first of its run: the same calls, nothing on disk."""
+
+    def log(self, step: int, values: Mapping[str, Value], phase: str | None = None) -> dict[str, float]:
+        return to_floats(values)
+
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def to_floats(values: Mapping[str, Value]) -> dict[str, float]:
     """Metrics as Python floats, in order, with one transfer for each device and not one for each metric."""
     tensors: dict[torch.device, list[Tensor]] = {}

@@ -14,9 +14,11 @@ from torch import Tensor
 from ..config import REQUIRED, option, section
 from ..data import PromptDataset, PromptStream, open_rows
 from ..errors import ConfigError
-from ..generation import EmbeddedEngine
+from ..generation import Fleet, Resharded
+from ..generation.select import GenerationConfig, make_engine
 from ..ops import AdaptiveKL, FixedKL, logprob_drift
 from ..seeds import mix
+from .layout import Layout, ParallelConfig
 from .loop import RunConfig
 from .metrics import Value
 from .policy import ModelConfig, Policy, UpdateConfig
@@ -73,6 +75,7 @@ class OnPolicyConfig:
     """Every option of an on-policy algorithm but its own."""
 
     run: RunConfig = section(RunConfig, "Where the run lives.")
+    parallel: ParallelConfig = section(ParallelConfig, "How it is spread over processes.")
     model: ModelConfig = section(ModelConfig, "The policy, and where the reference starts.")
     data: PromptConfig = section(PromptConfig, "Prompts.")
     rewards: list[RewardSource] = option([], "Reward sources; their weighted sum is the reward.")
@@ -80,7 +83,8 @@ class OnPolicyConfig:
     prompts_per_step: int = option(64, "Prompts of a rollout.", low=1)
     completions_per_prompt: int = option(1, "Completions of each.", low=1)
     sampling: SamplingConfig = section(SamplingConfig, "How completions are drawn.")
-    engine: EngineConfig = section(EngineConfig, "The embedded engine.")
+    generation: GenerationConfig = section(GenerationConfig, "Where completions are drawn.")
+    engine: EngineConfig = section(EngineConfig, "The embedded engine, in the trainer's process or in its own.")
     score: ScoreConfig = section(ScoreConfig, "Penalties on top of the rewards.")
     kl: KLConfig = section(KLConfig, "The pull towards the reference.")
     update: UpdateConfig = section(UpdateConfig, "How a rollout is used.")
@@ -96,10 +100,12 @@ class OnPolicy(ABC):
         self.config = config
         seed = config.run.seed
         self.steps, self.timers = config.steps, Timers(torch.cuda.synchronize if torch.cuda.is_available() else None)
+        self.parallel = Layout.create(config.parallel)
+        self.groups = self.parallel.groups
         self.rollout_size = config.prompts_per_step * config.completions_per_prompt
         self.policy = Policy(
             config.model, config.update, reference=config.kl.coef > 0, seed=seed, total_steps=config.steps,
-            rollout_size=self.rollout_size, temperature=config.sampling.temperature,
+            rollout_size=self.rollout_size, temperature=config.sampling.temperature, parallel=self.parallel,
         )  # fmt: skip
         model = self.policy.model
         context = model.config.max_position_embeddings
@@ -115,12 +121,19 @@ class OnPolicy(ABC):
         )
         self.rewards = Rewards(
             config.rewards, max_tokens=config.update.micro_batch_tokens, vocab_size=model.config.vocab_size,
-            device=self.policy.device, dtype=model.embed_tokens.weight.dtype,
+            device=self.policy.device, dtype=model.dtype, parallel=self.parallel,
         )  # fmt: skip
-        self.engine = EmbeddedEngine(
-            model, self.tokenizer, max_sequences=config.engine.max_sequences,
+        if config.generation.engine != "embedded" and self.groups.world.size > 1:
+            raise ConfigError(
+                f"generation.engine: {config.generation.engine} serves a run of one process, this has {self.groups.world.size}"
+            )
+        resharded = Resharded(model, config.parallel.reshard)
+        engine = make_engine(
+            config.generation, resharded.decoder, self.tokenizer, config.model.path, max_sequences=config.engine.max_sequences,
             max_batch_tokens=config.engine.max_batch_tokens, cache_tokens=config.engine.cache_tokens,
         )  # fmt: skip
+        self.engine = Fleet(engine, self.groups, resharded, balance=config.parallel.balance)
+        self._version = 0  # steps that the weights have behind them
         kl = config.kl
         self.kl: AdaptiveKL | FixedKL = FixedKL(kl.coef) if kl.target is None else AdaptiveKL(kl.coef, kl.target, kl.horizon)
         self._samples: list[dict[str, Any]] = []
@@ -139,7 +152,7 @@ class OnPolicy(ABC):
     def step(self, step: int, progress: Progress) -> dict[str, Value]:
         self.policy.touched = False
         config = self.config
-        self.engine.update_weights(None, step - 1)
+        metrics = self._refit(step - 1)
         sampling = config.sampling.sampling(config.completions_per_prompt, self.tokenizer.eos_token_id)
         rollout = collect(
             self.engine, self.prompts.next(config.prompts_per_step), sampling, self.rewards, config.score, self.tokenizer,
@@ -152,8 +165,11 @@ class OnPolicy(ABC):
         if config.kl.coef > 0:
             with self.timers("reference", tokens), progress.phase("reference"):
                 rollout.ref_logprobs = self.policy.reference_logprobs(rollout.sequences)
-        metrics: dict[str, Value] = dict(rollout.metrics)
+        metrics |= rollout.metrics
+        if self.engine.resharded.replicas.size > 1:
+            metrics["generate/idle"] = self.engine.idle
         metrics |= self.learn(rollout, step, progress)
+        self._version = step
         recomputed = rollout.first_logprobs if rollout.logprobs is None else rollout.logprobs
         if recomputed is not None:
             drift = logprob_drift(rollout.rollout_logprobs, recomputed, rollout.mask, cu_seqlens=rollout.cu_seqlens)
@@ -165,6 +181,15 @@ class OnPolicy(ABC):
         }
         self._samples = rollout.samples(SAMPLES)
         return metrics
+
+    def _refit(self, version: int) -> dict[str, Value]:
+        """The engine generates with the policy as it is now."""
+        with self.timers("refit"):
+            return dict(self.engine.update_weights(None, version).metrics())
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self.engine.close()
 
     @property
     def needs_logprobs(self) -> bool:
@@ -202,6 +227,7 @@ class OnPolicy(ABC):
             raise ConfigError(f"data.held_out: every prompt is longer than {self.config.data.max_prompt_tokens} tokens")
         drawn = self.config.sampling.sampling(1, self.tokenizer.eos_token_id)
         sampling = replace(drawn, temperature=self.config.eval_temperature)
+        self._refit(self._version)
         rollout = collect(
             self.engine, prompts, sampling, self.rewards, ScoreConfig(), self.tokenizer, seed=self.config.run.seed,
             device=self.policy.device, timers=self.timers, progress=progress,
@@ -221,6 +247,9 @@ class OnPolicy(ABC):
 
     def state(self) -> dict[str, Any]:
         return {"policy": self.policy.state(), "prompts": self.prompts.state_dict(), "kl_coef": self.kl.coef}
+
+    def prepare(self) -> None:
+        self.policy.optimizer.prepare()
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         self.policy.restore(dict(tensors), state["policy"])  # type: ignore[arg-type]

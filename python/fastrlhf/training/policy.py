@@ -17,10 +17,14 @@ from ..models import Decoder, adapters_off, add_lora, load_decoder, save_decoder
 from ..models.lora import PROJECTIONS, adapters
 from ..models.placement import device_of, dtype_of
 from ..ops import policy_loss
+from ..parallel.collectives import summed
 from .averages import Averages
 from .batches import Sequences, completion_logprobs, micro_batches
+from .layout import Layout
 from .optim import Optimizer, OptimizerConfig, trainable
+from .passes import assembled, run
 from .rollout import Rollout
+from .shards import weights_of
 from .state import load_into
 
 
@@ -74,12 +78,16 @@ class UpdateConfig:
     loss: PolicyLossConfig = section(PolicyLossConfig, "The policy's loss.")
 
 
-def load_model(config: ModelConfig, seed: int) -> tuple[Decoder, torch.device, torch.dtype | None]:
-    """The decoder a section describes, in training mode, adapters on."""
-    device, dtype = device_of(config.device), dtype_of(config.dtype)
-    model = load_decoder(config.path, device=device, dtype=dtype)
+def load_model(
+    config: ModelConfig, seed: int, parallel: Layout | None = None
+) -> tuple[Decoder, torch.device, torch.dtype | None]:
+    """The decoder a section describes, in training mode, adapters on; this process's part of it."""
+    device, dtype, parallel = device_of(config.device), dtype_of(config.dtype), parallel or Layout()
+    model = load_decoder(config.path, device=device, dtype=dtype, **parallel.of(config.path))
     model.checkpoint_activations = config.checkpoint_activations
     if config.lora.rank:
+        if parallel.groups.pp.size > 1:
+            raise ConfigError(f"model.lora.rank: not yet with a pipeline, expected 0 with pp={parallel.groups.pp.size}")
         add_lora(model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets, seed=seed)
     return model, device, dtype
 
@@ -108,17 +116,20 @@ class Policy:
 
     def __init__(
         self, model: ModelConfig, update: UpdateConfig, *, reference: bool, seed: int, total_steps: int, rollout_size: int,
-        temperature: float,
+        temperature: float, parallel: Layout | None = None,
     ) -> None:  # fmt: skip
         self.config, self.seed, self.temperature = update, seed, temperature
-        self.model, self.device, dtype = load_model(model, seed)
+        parallel = parallel or Layout()
+        self.model, self.device, dtype = load_model(model, seed, parallel)
+        self.groups = self.model.groups
         self.tokenizer = load_matching_tokenizer(model.path, self.model)
         self.minibatch = min(update.minibatch_size or rollout_size, rollout_size)
         self.steps_per_rollout = update.epochs * -(-rollout_size // self.minibatch)
-        self.optimizer = Optimizer(trainable(self.model), update.optimizer, total_steps * self.steps_per_rollout)
+        self.optimizer = Optimizer(trainable(self.model), update.optimizer, total_steps * self.steps_per_rollout, self.groups)
         self.reference: Decoder | None = None
         if reference and not any(adapters(self.model)):
-            self.reference = load_decoder(model.path, device=self.device, dtype=dtype).eval().requires_grad_(False)
+            self.reference = load_decoder(model.path, device=self.device, dtype=dtype, **parallel.of(model.path)).eval()
+            self.reference.requires_grad_(False)
         self.touched = False
 
     def logprobs(self, sequences: Sequences) -> Tensor:
@@ -152,7 +163,7 @@ class Policy:
                 for name, value in taken.items():
                     averages.value(name, value)
                 averages.value("loss", loss)
-        return averages.pop()
+        return averages.pop(self.groups)
 
     def _accumulate(
         self, rollout: Rollout, advantages: Tensor, members: list[int], averages: Averages, kl_coef: float, kl: str
@@ -162,14 +173,15 @@ class Policy:
         denominator = _denominator(rollout, members, config.reduction)
         total = torch.zeros((), device=self.device)
         per_token = advantages.shape[0] == rollout.mask.shape[0]
-        for batch in micro_batches(rollout.sequences, members, self.config.micro_batch_tokens, self.device):
-            hidden = self.model(batch.tokens, batch.pack)[batch.at]
-            new = token_logprobs(self.model, hidden, batch.labels, temperature=self.temperature, entropy=True)
+        batches = list(micro_batches(rollout.sequences, members, self.config.micro_batch_tokens, self.device, self.groups))
+
+        first = torch.zeros_like(rollout.rollout_logprobs)
+
+        def last(i: int, hidden: Tensor) -> Tensor:
+            batch = batches[i]
+            new = token_logprobs(self.model, hidden[batch.at], batch.labels, temperature=self.temperature, entropy=True)
             assert new.entropy is not None
-            if rollout.logprobs is None:
-                if rollout.first_logprobs is None:
-                    rollout.first_logprobs = torch.full_like(rollout.rollout_logprobs, torch.nan)
-                rollout.first_logprobs[batch.rows] = new.logprobs.detach()
+            first[batch.rows] = new.logprobs.detach()
             picked = torch.tensor(batch.members, device=self.device)
             out = policy_loss(
                 new.logprobs,
@@ -184,16 +196,22 @@ class Policy:
                 entropy=new.entropy if config.entropy_coef else new.entropy.detach(), entropy_coef=config.entropy_coef,
                 reduction=config.reduction, denominator=denominator, cu_seqlens=batch.cu_seqlens,
             )  # fmt: skip
-            out.loss.backward()
-            total += out.loss.detach()
+            total.add_(out.loss.detach())
             averages.add(out.stats)
-        return total
+            return out.loss
+
+        run(self.model, [(b.tokens, b.pack) for b in batches], last)
+        if rollout.logprobs is None:  # the only step's minibatch is the whole rollout
+            rollout.first_logprobs = assembled(first, self.groups)
+        return summed(total, self.groups.replicas)
 
     def save(self, directory: Path) -> None:
         save_decoder(self.model, directory, tokenizer=self.tokenizer)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {"policy": dict(trainable(self.model)), "policy_optimizer": self.optimizer.save()[0]}
+        return {
+            "policy": weights_of(trainable(self.model), self.groups), "policy_optimizer": self.optimizer.save()[0],
+        }  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         return self.optimizer.save()[1]

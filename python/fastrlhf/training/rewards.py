@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..config import option
@@ -19,6 +20,7 @@ from ..data import Prompt
 from ..errors import ConfigError, UserError
 from ..models import ScalarModel, has_scalar_head, load_scalar_model
 from .batches import last_token_scores
+from .layout import Layout
 
 
 class RewardError(UserError, RuntimeError):
@@ -59,8 +61,11 @@ class Rewards:
     """
 
     def __init__(
-        self, sources: Sequence[RewardSource], *, max_tokens: int, vocab_size: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+        self, sources: Sequence[RewardSource], *, max_tokens: int, vocab_size: int, device: torch.device, dtype: torch.dtype,
+        parallel: Layout | None = None,
+    ) -> None:  # fmt: skip
+        parallel = parallel or Layout()
+        self.groups = parallel.groups
         if not sources:
             raise ConfigError("rewards: expected one source or more, got none")
         self.max_tokens = max_tokens
@@ -82,7 +87,8 @@ class Rewards:
             assert source.model is not None
             if not has_scalar_head(source.model):
                 raise ConfigError(f"rewards.{i}.model: {source.model} is a language model: it has no score.weight")
-            model = load_scalar_model(source.model, device=device, dtype=dtype).eval().requires_grad_(False)
+            model = load_scalar_model(source.model, device=device, dtype=dtype, **parallel.of(source.model)).eval()
+            model.requires_grad_(False)
             if model.decoder.config.vocab_size != vocab_size:
                 raise ConfigError(
                     f"rewards.{i}.model: {source.model} has a vocabulary of {model.decoder.config.vocab_size}, "
@@ -91,7 +97,9 @@ class Rewards:
             self.models[name] = model
 
     def __call__(self, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], texts: Sequence[str]) -> Scored:
-        """Rewards of completions, `tokens` being prompt and completion, `texts` the completion's text.
+        """Rewards of completions, `tokens` being prompt and completion, `texts` the completion's text. Collective over all
+        processes. Functions see the completions of whole prompts, in each replica a part of them, and are called by one
+        process of it.
 
         Raises:
             RewardError: a function raised, or gave another number of rewards, or one that is not a finite number.
@@ -99,7 +107,7 @@ class Rewards:
         parts: dict[str, Tensor] = {}
         for name in self.weights:
             if name in self.functions:
-                parts[name] = _call(name, self.functions[name], prompts, texts)
+                parts[name] = self._share_out(name, prompts, texts)
             else:
                 parts[name] = last_token_scores(self.models[name], tokens, max_tokens=self.max_tokens).cpu()
                 if not bool(torch.isfinite(parts[name]).all()):
@@ -108,6 +116,31 @@ class Rewards:
         for name, scores in parts.items():
             total += self.weights[name] * scores
         return Scored(total, parts)
+
+    def _share_out(self, name: str, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
+        """What a function says, each replica's first process having asked it about its part. An error is raised in all."""
+        axis, function = self.groups.replicas, self.functions[name]
+        if self.groups.world.size == 1:
+            return _call(name, function, prompts, texts)
+        bounds = _bounds(prompts, axis.size)
+        mine = slice(bounds[axis.rank], bounds[axis.rank + 1])
+        said: Any = None
+        if self.groups.tp.first and mine.start < mine.stop:
+            try:
+                said = _call(name, function, prompts[mine], texts[mine], mine.start)
+            except RewardError as error:
+                said = str(error)
+        every: list[Any] = [None] * self.groups.world.size
+        dist.all_gather_object(every, said)
+        if wrong := next((s for s in every if isinstance(s, str)), None):
+            raise RewardError(wrong)
+        return torch.cat([s for s in every if s is not None])
+
+
+def _bounds(prompts: Sequence[Prompt], parts: int) -> list[int]:
+    """Where to cut completions into about equal parts, between prompts."""
+    starts = [i for i, p in enumerate(prompts) if not i or p is not prompts[i - 1]] + [len(prompts)]
+    return [starts[round(k * (len(starts) - 1) / parts)] for k in range(parts + 1)]
 
 
 def load_function(name: str) -> Callable[..., Any]:
@@ -144,7 +177,8 @@ def _module(name: str) -> Any:
     return module
 
 
-def _call(name: str, function: Callable[..., Any], prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
+def _call(name: str, function: Callable[..., Any], prompts: Sequence[Prompt], texts: Sequence[str], first: int = 0) -> Tensor:
+    """`first`: the number of the first completion, for messages."""
     fields: Mapping[str, list[Any]] = {
         field: [p.row.get(field) for p in prompts]
         for field in dict.fromkeys(f for p in prompts for f in p.row)
@@ -160,6 +194,7 @@ def _call(name: str, function: Callable[..., Any], prompts: Sequence[Prompt], te
     for i, reward in enumerate(rewards):
         if not math.isfinite(reward):
             raise RewardError(
-                f"reward {name!r}: got {reward} for completion {i}, {texts[i][:80]!r} of prompt {prompts[i].text[-80:]!r}"
+                f"reward {name!r}: got {reward} for completion {first + i}, {texts[i][:80]!r} of prompt "
+                f"{prompts[i].text[-80:]!r}"
             )
     return torch.tensor(rewards, dtype=torch.float32)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from ..data import Dataset, ExampleStream
 from ..errors import ConfigError
+from ..parallel import ParallelGroups
 from .averages import Averages
 from .metrics import Value
 from .optim import Optimizer, OptimizerConfig, trainable
 from .progress import Progress
+from .shards import weights_of
 from .state import load_into
 from .timers import Timers
 
@@ -33,11 +35,12 @@ class Supervised(ABC, Generic[Example]):
 
     def __init__(
         self, model: nn.Module, stream: ExampleStream[Example], held_out: Dataset[Example] | None,
-        optimizer: OptimizerConfig, *, steps: int, batch_size: int,
+        optimizer: OptimizerConfig, *, steps: int, batch_size: int, groups: ParallelGroups | None = None,
     ) -> None:  # fmt: skip
+        self.groups = groups or ParallelGroups()
         self.model, self.stream, self.held_out = model, stream, held_out
         self.steps, self.batch_size = steps, batch_size
-        self.optimizer = Optimizer(trainable(model), optimizer, steps)
+        self.optimizer = Optimizer(trainable(model), optimizer, steps, self.groups)
         self.timers = Timers(torch.cuda.synchronize if torch.cuda.is_available() else None)
         self.touched = False
 
@@ -91,10 +94,13 @@ class Supervised(ABC, Generic[Example]):
         return []
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {"model": dict(trainable(self.model)), "optimizer": self.optimizer.save()[0]}
+        return {"model": weights_of(trainable(self.model), self.groups), "optimizer": self.optimizer.save()[0]}
 
     def state(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.save()[1], "data": self.stream.state_dict()}
+
+    def prepare(self) -> None:
+        self.optimizer.prepare()
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         load_into(trainable(self.model), tensors["model"], "model")

@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
 class Cache:
     def __init__(self, model: Decoder, blocks: int) -> None:
-        weight = model.embed_tokens.weight
         heads, dim = model.kv_shape
-        self.layers = [empty_cache(blocks, heads, dim, weight.dtype, weight.device) for _ in model.layers]
+        self.layers = {
+            layer.self_attn.layer: empty_cache(blocks, heads, dim, model.dtype, model.device) for layer in model.layers
+        }
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Blocks (from, to)."""
         source, target = torch.tensor(pairs, dtype=torch.int64).unbind(1)
-        for layer in self.layers:
+        for layer in self.layers.values():
             for cache in layer:
                 cache[target] = cache[source]
 

@@ -12,18 +12,25 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...models.checkpoint import load_weights
 from ...models.decoder import Decoder
 from ...ops import sample
 from ...ops.paged_attention import BLOCK
+from ...parallel import pipeline
+from ...parallel.collectives import gather_last
+from ...refit.live import parameters_of
+from ...refit.session import Refit, Session
+from ...refit.states import Weights
+from ...refit.transports.alias import Alias
 from ...seeds import GOLDEN, mix
 from ..engine import Completion, Finished, GenerationStats, Sampling
 from .blocks import BlockManager
 from .cache import Cache, Paged
 from .scheduler import Scheduler, Span
-from .sequence import Sequence
+from .sequence import Sequence, Share, Work, given
 
 _ROWS = 8
 _STRIDE = GOLDEN - 2**64  # as int64
@@ -33,7 +40,8 @@ class EmbeddedEngine:
     """Generates with `model` in this process; it shares the parameters, so there is nothing to update after a step.
 
     Args:
-        model: on any device; tp = 1.
+        model: on any device. With tp or a pipeline every process of the model makes the same calls and gets the same
+            completions; through a pipeline a token goes from stage to stage, one at work at a time.
         tokenizer: anything with decode(); only stop strings need it.
         max_sequences: how many are in the batch at once.
         max_batch_tokens: the most tokens through the model at once: longer prompts go in chunks.
@@ -50,22 +58,32 @@ class EmbeddedEngine:
                 raise ValueError(f"{name}: expected >= 1, got {value}")
         if cache_tokens is not None and cache_tokens < BLOCK:
             raise ValueError(f"cache_tokens: expected >= {BLOCK}, got {cache_tokens}")
-        if model.groups.tp.size > 1:
-            raise ValueError(f"model: the embedded engine has no tensor parallelism yet, got tp={model.groups.tp.size}")
         self.model, self.tokenizer = model, tokenizer
         self.max_sequences, self.max_batch_tokens = max_sequences, max_batch_tokens
         self.cache_tokens = cache_tokens
         self.context = context or model.config.max_position_embeddings
-        self.version = 0
+        self.models = [model]  # by slot of `weights`
+        self.weights = Weights(version=0)
+        alias = Alias(self.weights, lambda: parameters_of(model), lambda: parameters_of(self.model))
+        self.session = Session(alias, mode="keep", version=0)
         self.stats = GenerationStats()
         self._cache: Cache | None = None
         self._blocks = 0
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> None:
-        """`weights` is None where they are the trainer's: only the version changes."""
+    @property
+    def version(self) -> int:
+        """Of the weights."""
+        return self.weights.version
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Refit:
+        """`weights` is None where they are the trainer's: only the version changes. A `stream` that is under way goes on with
+        what there is now, and says so in `weight_spans`."""
         if weights is not None:
             load_weights(self.model, iter(weights))
-        self.version = version
+        return self.session.refit(version)
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
     def generate(
         self, prompts: Seq[Seq[int]], sampling: Sampling, *, seeds: Seq[int] | None = None,
@@ -80,8 +98,13 @@ class EmbeddedEngine:
         return out
 
     @torch.no_grad()
-    def stream(self, prompts: Seq[Seq[int]], sampling: Sampling, *, seeds: Seq[int] | None = None) -> Iterator[Finished]:
+    def stream(
+        self, prompts: Seq[Seq[int]], sampling: Sampling, *, seeds: Seq[int] | None = None, work: Work | None = None
+    ) -> Iterator[Finished]:
         """Completions as they end.
+
+        Args:
+            work: asked before each step, with how many sequences are under way, for more of them; None gives all at once.
 
         Raises:
             ValueError: an empty prompt, a token outside the vocabulary, a prompt and max_tokens that exceed the context or
@@ -92,19 +115,42 @@ class EmbeddedEngine:
         self._ensure_cache(longest, sampling.n * len(prompts))
         assert self._cache is not None
         scheduler = Scheduler(BlockManager(self._blocks), self.max_sequences, self.max_batch_tokens)
-        for i, prompt in enumerate(prompts):
-            scheduler.add(Sequence(i, 0, list(prompt), mix(seeds[i], 0), sampling, sampling.n - 1))
-        self.stats = GenerationStats(prompt_tokens=sum(map(len, prompts)))
+        self.stats = GenerationStats()
+
+        def add(share: Share) -> None:
+            seed = mix(seeds[share.prompt], share.first)
+            tokens = list(prompts[share.prompt])
+            scheduler.add(Sequence(share.prompt, share.first, tokens, seed, sampling, share.samples - 1))
+            self.stats.prompt_tokens += len(tokens)
+
+        work = work or given([Share(i, 0, sampling.n) for i in range(len(prompts))])
+        lease = self.weights.acquire()
         training = self.model.training
-        self.model.eval()
         try:
-            while spans := scheduler.next():
-                yield from self._step(scheduler, spans, seeds)
+            while not lease.aborted:
+                self.model = self.models[lease.slot]
+                self.model.eval()
+                for share in work(scheduler.count):
+                    add(share)
+                if not (spans := scheduler.next()):
+                    break
+                yield from self._step(scheduler, spans, seeds, lease.version)
+                lease = self.weights.step(lease)
+            yield from self._cut_off(scheduler)
         finally:
+            self.weights.release(lease)
             self.model.train(training)
             self.stats.preemptions = scheduler.preemptions
 
-    def _step(self, scheduler: Scheduler, spans: list[Span], seeds: Seq[int]) -> list[Finished]:
+    @staticmethod
+    def _cut_off(scheduler: Scheduler) -> Iterator[Finished]:
+        """What is still running or waiting, as it is."""
+        for sequence in [*scheduler.running, *scheduler.waiting]:
+            yield Finished(sequence.prompt, sequence.sample, sequence.completed("abort"))
+            for i in range(sequence.sample + 1, sequence.sample + sequence.siblings + 1):
+                yield Finished(sequence.prompt, i, Completion([], [], "abort"))
+
+    def _step(self, scheduler: Scheduler, spans: list[Span], seeds: Seq[int], version: int) -> list[Finished]:
         assert self._cache is not None
         hidden = self._forward(spans)
         self.stats.steps += 1
@@ -118,13 +164,10 @@ class EmbeddedEngine:
             sequence.cached = span.end
             if not span.draws:
                 continue
-            if not sequence.drawn:
-                sequence.weight_version = self.version
             drawing.append(sequence)
             rows.append(at)
-            for i in range(1, sequence.siblings + 1):
+            for i in range(sequence.sample + 1, sequence.sample + sequence.siblings + 1):
                 child = Sequence(sequence.prompt, i, list(sequence.tokens), mix(seeds[sequence.prompt], i), sequence.sampling)
-                child.weight_version = self.version
                 copy = scheduler.fork(sequence, child)
                 if copy is not None:
                     copies.append(copy)
@@ -139,13 +182,11 @@ class EmbeddedEngine:
         tokens, logprobs = self._draw(hidden, drawing, rows)
         done = []
         for sequence, token, logprob in zip(drawing, tokens, logprobs, strict=True):
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprob)
+            sequence.draw(token, logprob, version)
             reason = self._ends(sequence, token)
             if reason:
                 scheduler.finish(sequence)
-                completion = Completion(sequence.completion, sequence.logprobs, reason, sequence.weight_version)
-                done.append(Finished(sequence.prompt, sequence.sample, completion))
+                done.append(Finished(sequence.prompt, sequence.sample, sequence.completed(reason)))
         self.stats.completion_tokens += len(drawing)
         return done
 
@@ -167,20 +208,53 @@ class EmbeddedEngine:
         table = [s.sequence.blocks + [0] * (width - len(s.sequence.blocks)) for s in spans]
         self.stats.forward_tokens += len(tokens)
         longest = max(positions) + 1
-        device = self.model.embed_tokens.weight.device
+        device = self.model.device
         context = Paged(
             self._cache, torch.tensor(positions, device=device), torch.tensor(sequences, device=device),
             torch.tensor(table, dtype=torch.int32, device=device), longest,
         )  # fmt: skip
         tokens += [0] * (-len(tokens) % _ROWS)
-        return self.model(torch.tensor(tokens, device=device), context)
+        with self.model.all_rows():
+            return self._through(torch.tensor(tokens, device=device), context)
+
+    def _through(self, tokens: Tensor, context: Paged) -> Tensor:
+        """The hidden states; in a pipeline its last stage's, of which the others know nothing."""
+        model = self.model
+        if model.stages.count == 1:
+            return model(tokens, context)
+        made = tokens.new_empty(0)
+
+        def empty(_: int) -> Tensor:
+            return torch.empty(tokens.shape[0], model.config.hidden_size, dtype=model.dtype, device=tokens.device)
+
+        def last(_: int, hidden: Tensor) -> None:
+            nonlocal made
+            made = hidden
+
+        pipeline.run(
+            model.groups, model.stages.interleave, 1, empty=empty,
+            forward=lambda chunk, _, rows: model.stage(chunk, tokens if rows is None else rows, context),
+            last=last, backward=False,
+        )  # fmt: skip
+        return made
 
     def _draw(self, hidden: Tensor, drawing: list[Sequence], rows: list[int]) -> tuple[list[int], list[float]]:
+        pp = self.model.groups.pp
+        if pp.size == 1:
+            tokens, logprobs = self._drawn(hidden, drawing, rows)
+            return tokens.tolist(), logprobs.tolist()
+        told = torch.empty(2, len(drawing), dtype=torch.float64, device=self.model.device)  # holds token ids exactly
+        if pp.last:
+            told = torch.stack([t.double() for t in self._drawn(hidden, drawing, rows)])
+        dist.broadcast(told, src=pp.ranks[-1], group=pp.group)
+        return told[0].long().tolist(), told[1].tolist()
+
+    def _drawn(self, hidden: Tensor, drawing: list[Sequence], rows: list[int]) -> tuple[Tensor, Tensor]:
         count = len(drawing)
         distinct = sorted(set(rows))
         at = {row: i for i, row in enumerate(distinct)}
         wanted = distinct + [0] * (-len(distinct) % _ROWS)
-        logits = self.model.logits(hidden[torch.tensor(wanted, device=hidden.device)])
+        logits = gather_last(self.model.logits(hidden[torch.tensor(wanted, device=hidden.device)]), self.model.groups.tp)
         if len(distinct) < count:
             logits = logits[torch.tensor([at[r] for r in rows], device=hidden.device)]
         logits = logits[:count]
@@ -192,7 +266,7 @@ class EmbeddedEngine:
             seed=base + drawn * _STRIDE, backend=None if logits.is_cpu else "reference",
         )  # fmt: skip
         assert out.logprobs is not None
-        return out.tokens.tolist(), out.logprobs.tolist()
+        return out.tokens, out.logprobs
 
     def _ends(self, sequence: Sequence, token: int) -> str:
         sampling = sequence.sampling
@@ -209,9 +283,7 @@ class EmbeddedEngine:
         wanted = self.cache_tokens
         if wanted is None:
             heads, dim = self.model.kv_shape
-            per_token = (
-                len(self.model.layers) * heads * (dim + -(-dim // 16) * 16) * self.model.embed_tokens.weight.element_size()
-            )
+            per_token = len(self.model.layers) * heads * (dim + -(-dim // 16) * 16) * self.model.dtype.itemsize
             wanted = min(min(self.max_sequences, sequences) * (longest + BLOCK), 2**31 // per_token)
         blocks = max(wanted, longest + BLOCK) // BLOCK if self.cache_tokens is None else wanted // BLOCK
         if longest > blocks * BLOCK:

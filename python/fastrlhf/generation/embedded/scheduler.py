@@ -78,6 +78,11 @@ class Scheduler:
         self.blocks.release(sequence.blocks)
         sequence.blocks = []
 
+    @property
+    def count(self) -> int:
+        """Sequences under way or waiting."""
+        return self._count() + sum(1 + s.siblings for s in self.waiting)
+
     def _count(self) -> int:
         return sum(1 + s.siblings for s in self.running)
 

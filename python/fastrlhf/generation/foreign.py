@@ -1,0 +1,236 @@
+"""What the adapters of installed engines share: whole tensors in buckets, a manifest of them, and requests in their words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models import Decoder
+from ..models.checkpoint import named_weights
+from ..refit.memory import ALIGN
+from ..refit.session import Refit, Session, Target, Transfer
+from ..refit.states import RefitError
+from .engine import Completion, Finished, GenerationStats, Sampling
+
+BUCKET = 512 << 20
+
+
+@dataclass
+class Bucket:
+    """`whole`: no module has tensors in it and in another bucket, so an engine that works module by module is done with the
+    memory when it has taken the bucket."""
+
+    tensors: list[tuple[str, Tensor]] = field(default_factory=list)
+    whole: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for _, t in self.tensors)
+
+
+def module_of(name: str) -> str:
+    """What engines load and process together: a layer, or a tensor outside of all layers."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: i + 1])
+    return name
+
+
+def buckets(weights: Iterable[tuple[str, Tensor]], limit: int, *, one_dtype: bool = False) -> Iterator[Bucket]:
+    """Weights in buckets of at most `limit` bytes, layers not torn apart where they fit. A tensor larger than that is alone.
+
+    Args:
+        one_dtype: a bucket's tensors are all of one dtype, for engines that pack back to back.
+    """
+    held, group, module = Bucket(), Bucket(), ""
+
+    def fits(b: Bucket, more: int) -> bool:
+        return b.nbytes + more + ALIGN * (len(b.tensors) + 1) <= limit or not b.tensors
+
+    def flush() -> Iterator[Bucket]:
+        nonlocal held, group
+        padding = ALIGN * len(group.tensors)
+        if held.tensors and not fits(held, group.nbytes + padding):
+            yield held
+            held = Bucket()
+        held.tensors += group.tensors
+        held.whole &= group.whole
+        if not held.whole:
+            yield held
+            held = Bucket()
+        group = Bucket()
+
+    for name, tensor in weights:
+        if module_of(name) != module:
+            yield from flush()
+            module = module_of(name)
+        if not fits(group, tensor.nbytes) or (one_dtype and group.tensors and group.tensors[0][1].dtype != tensor.dtype):
+            torn = Bucket(group.tensors, whole=False)
+            if held.tensors:
+                yield held
+                held = Bucket()
+            yield torn
+            group = Bucket(whole=False)
+        if one_dtype and held.tensors and held.tensors[0][1].dtype != tensor.dtype:
+            yield held
+            held = Bucket()
+        group.tensors.append((name, tensor))
+    yield from flush()
+    if held.tensors:
+        yield held
+
+
+class Manifest:
+    """Which tensors a refit has to bring, with shapes and dtypes: those of the first, since a model does not change.
+
+    Raises:
+        RefitError: from `seen` or `complete`: one that is not known, came twice, changed, or did not come.
+    """
+
+    def __init__(self) -> None:
+        self.expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._seen: set[str] = set()
+        self._first = True
+
+    def begin(self) -> None:
+        self._seen = set()
+
+    def seen(self, name: str, tensor: Tensor) -> None:
+        kind = (tuple(tensor.shape), tensor.dtype)
+        if name in self._seen:
+            raise RefitError(f"{name}: came twice")
+        if self._first:
+            self.expected[name] = kind
+        elif name not in self.expected:
+            raise RefitError(f"{name}: was not among the {len(self.expected)} tensors of the first refit")
+        elif self.expected[name] != kind:
+            raise RefitError(f"{name}: was {self.expected[name]} and is {kind}")
+        self._seen.add(name)
+
+    def complete(self) -> None:
+        if missing := sorted(self.expected.keys() - self._seen):
+            raise RefitError(f"{missing[0]}: did not come ({len(missing)} in all)")
+        if not self._seen:
+            raise RefitError("weights: none came")
+        self._first = False
+
+
+class Staging:
+    """Two halves of one buffer on the trainer's device, which engines map once; a bucket goes into one while the other may
+    still be read. Tensors begin at multiples of 512 bytes: every dtype's size and every engine's demand divides that."""
+
+    def __init__(self, limit: int, device: torch.device) -> None:
+        self.half = -(-limit // ALIGN) * ALIGN
+        self.buffer = torch.empty(2 * self.half, dtype=torch.uint8, device=device)
+        self._turn = 1
+
+    def pack(self, bucket: Bucket) -> list[int]:
+        """Where each tensor begins in the buffer."""
+        self._turn = 1 - self._turn
+        at, out = self._turn * self.half, []
+        for name, t in bucket.tensors:
+            if at + t.nbytes > (self._turn + 1) * self.half:
+                raise RefitError(f"{name}: {t.nbytes} bytes do not fit the staging buffer of {self.half}")
+            self.buffer[at : at + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
+            out.append(at)
+            at += -(-t.nbytes // ALIGN) * ALIGN
+        if self.buffer.is_cuda:
+            torch.cuda.current_stream(self.buffer.device).synchronize()  # the other process has no stream of ours to wait on
+        return out
+
+
+class ForeignEngine:
+    """An `Engine` whose weights come as whole tensors by Hugging Face names."""
+
+    def __init__(self, model: Decoder, target: Target, *, mode: str, timeout: float) -> None:
+        self.model, self.stats = model, GenerationStats()
+        self.session = Session(target, mode=mode, timeout=timeout)
+
+    @property
+    def version(self) -> int:
+        return self.session.version
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Refit:
+        if weights is not None:
+            raise ValueError("weights: expected None, they are those of the model that the engine was made for")
+        return self.session.refit(version)
+
+    def generate(
+        self, prompts: Seq[Seq[int]], sampling: Sampling, *, seeds: Seq[int] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:  # fmt: skip
+        version = self.session.require_serving()
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"seeds: expected {len(prompts)}, one for each prompt, got {len(seeds)}")
+        out = [
+            [
+                Completion(tokens, logprobs, reason, version, ((version, len(tokens)),) if tokens else ())
+                for tokens, logprobs, reason in group
+            ]
+            for group in self._draw([list(p) for p in prompts], sampling, seeds)
+        ]
+        self.stats = GenerationStats(
+            prompt_tokens=sum(map(len, prompts)), completion_tokens=sum(len(c.tokens) for g in out for c in g)
+        )
+        if progress is not None:
+            progress(sum(map(len, out)))
+        return out
+
+    def stream(self, prompts: Seq[Seq[int]], sampling: Sampling, *, seeds: Seq[int] | None = None) -> Iterator[Finished]:
+        for p, group in enumerate(self.generate(prompts, sampling, seeds=seeds)):
+            for s, completion in enumerate(group):
+                yield Finished(p, s, completion)
+
+    def close(self) -> None:
+        self.session.target.close()
+
+    def _draw(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: Seq[int] | None
+    ) -> list[list[tuple[list[int], list[float], str]]]:
+        """(tokens, log-probs, finish reason) of each sample of each prompt."""
+        raise NotImplementedError
+
+
+class WholeTensors:
+    """The part of a `Target` that all of them have: the model's tensors, checked against the manifest, in buckets."""
+
+    atomic = False  # all of them write what they serve
+
+    def __init__(self, model: Decoder, limit: int, *, one_dtype: bool = False) -> None:
+        self.model, self.limit, self.one_dtype = model, limit, one_dtype
+        self.manifest = Manifest()
+        self.epoch = 0
+
+    def _buckets(self) -> Iterator[Bucket]:
+        self.manifest.begin()
+        for bucket in buckets(((n, t.detach()) for n, t in named_weights(self.model)), self.limit, one_dtype=self.one_dtype):
+            for name, tensor in bucket.tensors:
+                self.manifest.seen(name, tensor)
+            yield bucket
+        self.manifest.complete()
+
+    def _send(self, send: Callable[[Bucket], None], copies: int) -> Transfer:
+        total = 0
+        for bucket in self._buckets():
+            send(bucket)
+            total += bucket.nbytes
+        return Transfer(total, copies)
+
+
+def device_key(device: torch.device, *, prefix: bool) -> str:
+    """A GPU's UUID, with or without the `GPU-` that some libraries write; "cpu" for the CPU."""
+    if device.type != "cuda":
+        return device.type
+    bare = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
+    return "GPU-" + bare if prefix else bare
+
+
+def request_words(sampling: Sampling) -> dict[str, Any]:
+    """What engines name alike."""
+    return {"temperature": sampling.temperature, "top_p": sampling.top_p, "min_p": sampling.min_p}

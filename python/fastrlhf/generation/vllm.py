@@ -1,0 +1,135 @@
+"""vLLM as a generation engine: its weight-transfer engine of ours, in its four phases.
+
+Checked against the recorded contract only (`refit/contracts/vllm.json`); never run here. Install and launch: docs/refit.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from torch.multiprocessing.reductions import reduce_tensor
+
+from ..models import Decoder
+from ..refit.contract import require_version
+from ..refit.session import Transfer
+from ..refit.states import RefitError
+from .engine import Sampling
+from .foreign import BUCKET, Bucket, ForeignEngine, Staging, WholeTensors, device_key, request_words
+
+NAME = "fastrlhf"  # of the weight-transfer engine that `vllm_worker` registers in vLLM's processes
+
+
+class VLLMEngine(ForeignEngine):
+    """
+    Args:
+        llm: a `vllm.LLM` made with weight_transfer_config={"backend": "fastrlhf"} and logprobs_mode="processed_logprobs".
+        parameters: `vllm.SamplingParams`.
+    """
+
+    def __init__(
+        self, llm: Any, parameters: Any, model: Decoder, *, mode: str = "drain", timeout: float = 600.0, limit: int = BUCKET,
+    ) -> None:  # fmt: skip
+        self.llm, self._parameters = llm, parameters
+        super().__init__(model, VLLMTarget(llm, model, limit), mode=mode, timeout=timeout)
+
+    @classmethod
+    def launch(
+        cls, model: Decoder, tokenizer: Any, path: str, *, options: dict[str, Any], mode: str, timeout: float, any_version: bool
+    ) -> VLLMEngine:
+        """An `LLM` of the model at `path`, its weights to come; `options` go to its constructor."""
+        require_version("vllm", any_version=any_version)
+        vllm = importlib.import_module("vllm")
+        config = importlib.import_module("vllm.config.weight_transfer").WeightTransferConfig
+        given = {"load_format": "dummy", "gpu_memory_utilization": 0.4, **options}
+        llm = vllm.LLM(
+            model=path, weight_transfer_config=config(backend=NAME), logprobs_mode="processed_logprobs", **given
+        )  # fmt: skip
+        return cls(llm, vllm.SamplingParams, model, mode=mode, timeout=timeout)
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives the GPU's memory back. Level 2 drops the weights: nothing is generated until a refit."""
+        self.llm.sleep(level=level)
+        if level >= 2:
+            self.session.spoil("vLLM slept at level 2, which drops the weights")
+
+    def wake(self) -> None:
+        self.llm.wake_up()
+
+    def _draw(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: Seq[int] | None
+    ) -> list[list[tuple[list[int], list[float], str]]]:
+        common = request_words(sampling) | {
+            "n": sampling.n, "max_tokens": sampling.max_tokens, "top_k": sampling.top_k, "stop": list(sampling.stop) or None,
+            "stop_token_ids": list(sampling.stop_tokens), "ignore_eos": True, "logprobs": 0, "include_stop_str_in_output": True,
+            "detokenize": bool(sampling.stop),
+        }  # fmt: skip
+        each = [self._parameters(**common, seed=None if seeds is None else seeds[i]) for i in range(len(prompts))]
+        outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], each, use_tqdm=False)
+        return [[_sample(o) for o in request.outputs] for request in outputs]
+
+
+def _sample(output: Any) -> tuple[list[int], list[float], str]:
+    tokens = list(output.token_ids)
+    logprobs = [float(at[token].logprob) for token, at in zip(tokens, output.logprobs, strict=True)]
+    return tokens, logprobs, output.finish_reason
+
+
+class VLLMTarget(WholeTensors):
+    """start, one update for each bucket, finish, and the prefix cache reset.
+
+    Two copies: into a staging buffer that every worker of the GPU mapped at the first refit, and by vLLM into its parameters.
+    """
+
+    def __init__(self, llm: Any, model: Decoder, limit: int) -> None:
+        super().__init__(model, limit)
+        self.llm = llm
+        self._staging: Staging | None = None
+        self._open = False
+
+    def begin(self, epoch: int, version: int, mode: str, timeout: float) -> None:
+        # LLM.generate returns when its requests have ended: whatever the mode, none is running
+        if self._staging is None:
+            weight = self.model.embed_tokens.weight
+            largest = max(p.numel() * p.element_size() for p in self.model.parameters())
+            self._staging = Staging(max(self.limit, largest), weight.device)
+            _, arguments = reduce_tensor(self._staging.buffer)
+            key = device_key(weight.device, prefix=False)
+            self.llm.init_weight_transfer_engine(
+                {"init_info": {"handles": {key: arguments}, "nbytes": self._staging.buffer.nbytes}}
+            )
+        self.llm.start_weight_update()
+        self._open, self.epoch = True, epoch
+
+    def transfer(self, epoch: int) -> Transfer:
+        return self._send(self._bucket, 2)
+
+    def _bucket(self, bucket: Bucket) -> None:
+        assert self._staging is not None
+        info = {
+            "epoch": self.epoch, "names": [n for n, _ in bucket.tensors],
+            "dtype_names": [str(t.dtype).removeprefix("torch.") for _, t in bucket.tensors],
+            "shapes": [list(t.shape) for _, t in bucket.tensors], "offsets": self._staging.pack(bucket), "whole": bucket.whole,
+        }  # fmt: skip
+        try:
+            self.llm.update_weights({"update_info": info})  # returns when every worker has taken it
+        except Exception:
+            self._open = False  # vLLM has ended the session
+            raise
+
+    def commit(self, epoch: int, version: int) -> None:
+        self.llm.finish_weight_update(weight_version=str(version))
+        self._open = False
+        if self.llm.reset_prefix_cache() is False:
+            raise RefitError("vLLM: the prefix cache was not reset: requests are running; it holds keys of the old weights")
+
+    def fail(self, epoch: int, reason: str) -> None:
+        """Ends the session, which has no call of its own for that; what the engine holds is a mixture and never served."""
+        if self._open:
+            self._open = False
+            self.llm.finish_weight_update()
+
+    def close(self) -> None:
+        if self._staging is not None:
+            self.llm.shutdown_weight_transfer_engine()

@@ -1,0 +1,120 @@
+"""The weight-transfer engine that vLLM's workers run. vLLM imports this in each of its processes, by the entry point group
+`vllm.general_plugins`; nothing else may.
+
+Checked against the recorded contract only; never run here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+from .vllm import NAME
+
+
+@dataclass
+class InitInfo:
+    """`handles`: by GPU UUID without prefix, the arguments of torch's `rebuild_cuda_tensor` for the staging buffer."""
+
+    handles: dict[str, tuple[Any, ...]]
+    nbytes: int
+
+
+@dataclass
+class UpdateInfo:
+    epoch: int
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+    offsets: list[int]
+    whole: bool
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("dtype_names", "shapes", "offsets"):
+            if len(getattr(self, name)) != len(self.names):
+                raise ValueError(f"{name}: expected {len(self.names)}, one for each name, got {len(getattr(self, name))}")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError("names: one comes twice")
+
+
+def views(buffer: Tensor, info: UpdateInfo) -> list[tuple[str, Tensor]]:
+    """The tensors of a bucket where they lie, or copies where the memory would be written before the engine is done."""
+    out = []
+    for name, dtype_name, shape, at in zip(info.names, info.dtype_names, info.shapes, info.offsets, strict=True):
+        dtype = getattr(torch, dtype_name)
+        size = dtype.itemsize * int(torch.Size(shape).numel())
+        if at < 0 or at + size > buffer.numel() or at % dtype.itemsize:
+            raise ValueError(f"{name}: bytes {at}..{at + size} do not lie in the buffer of {buffer.numel()} as {dtype}")
+        tensor = buffer[at : at + size].view(dtype).view(shape)
+        out.append((name, tensor if info.whole else tensor.clone()))
+    return out
+
+
+def opened(handles: dict[str, tuple[Any, ...]], device: torch.device) -> Tensor:
+    """The staging buffer of the trainer on this worker's GPU."""
+    key = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
+    known = {k.removeprefix("GPU-"): v for k, v in handles.items()}
+    if key not in known:
+        raise ValueError(f"handles: none for GPU {key}, only for {sorted(known)}: the trainer and this worker share no GPU")
+    arguments = list(known[key])
+    arguments[6] = device.index
+    return rebuild_cuda_tensor(*arguments)
+
+
+def make_engine(base: Any, reload: Any) -> Any:
+    """The class, over vLLM's `WeightTransferEngine` and its module of layerwise reloading."""
+
+    class FastrlhfWeightTransferEngine(base):  # type: ignore[misc]
+        init_info_cls, update_info_cls = InitInfo, UpdateInfo
+        supports_draft_weight_update = False
+
+        def init_transfer_engine(self, init_info: InitInfo) -> None:
+            self._buffer: Tensor | None = opened(init_info.handles, self.device)
+            if self._buffer.numel() != init_info.nbytes:
+                raise ValueError(f"nbytes: the buffer has {self._buffer.numel()}, expected {init_info.nbytes}")
+            self._addresses: dict[str, int] | None = None
+
+        def start_weight_update(self) -> None:
+            if self._addresses is None:
+                self._addresses = {n: p.data_ptr() for n, p in self.model.named_parameters()}
+            self._epoch: int | None = None
+            reload.initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info: UpdateInfo) -> None:
+            if self._epoch is None:
+                self._epoch = update_info.epoch
+            if update_info.epoch != self._epoch:
+                raise RuntimeError(f"epoch: {update_info.epoch} in an update that began with {self._epoch}")
+            assert self._buffer is not None
+            self.model.load_weights(views(self._buffer, update_info))
+
+        def finish_weight_update(self) -> None:
+            reload.finalize_layerwise_reload(self.model, self.model_config)
+            moved = [
+                n for n, p in self.model.named_parameters() if p.data_ptr() != (self._addresses or {}).get(n, p.data_ptr())
+            ]
+            if moved:  # a captured CUDA graph would go on with the old memory
+                raise RuntimeError(f"{moved[0]}: lies elsewhere after the update ({len(moved)} in all)")
+
+        def shutdown(self) -> None:
+            self._buffer = None
+
+    return FastrlhfWeightTransferEngine
+
+
+def register() -> None:
+    """Called by vLLM, also where nobody wants this engine: a vLLM that has no such thing is left alone."""
+    try:
+        base = importlib.import_module("vllm.distributed.weight_transfer.base").WeightTransferEngine
+        factory = importlib.import_module("vllm.distributed.weight_transfer.factory").WeightTransferEngineFactory
+        reload = importlib.import_module("vllm.model_executor.model_loader.reload")
+    except (ImportError, AttributeError):
+        return
+    if NAME not in factory._registry:
+        factory.register_engine(NAME, make_engine(base, reload))

@@ -1,0 +1,348 @@
+"""Adapters of engines that are not here, against strict fakes of their contracts; and the contracts against the engines' files
+where there are any: FASTRLHF_ENGINE_FILES names folders of unpacked wheels, as vllm=/path,sglang=/path."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastrlhf.generation import EmbeddedEngine, Sampling, foreign, tensorrt_llm, vllm, vllm_worker
+from fastrlhf.generation.foreign import Bucket, Manifest, Staging, buckets
+from fastrlhf.generation.select import ENGINES, GenerationConfig, make_engine
+from fastrlhf.generation.sglang import SGLangEngine
+from fastrlhf.generation.tensorrt_llm import TensorRTLLMEngine
+from fastrlhf.generation.vllm import VLLMEngine
+from fastrlhf.models import Decoder
+from fastrlhf.refit import Poisoned, RefitError, State, contract
+from fastrlhf.refit.contract import ContractError
+from fastrlhf.refit.layouts import catalogue_for, layout
+from fastrlhf.refit.live import catalogue_of, parameters_of
+from fastrlhf.refit.refitter import RefitterTarget
+from fastrlhf.refit.session import Session
+from fastrlhf.refit.shapes import model_of
+from fastrlhf.refit.transports import checkpoint_engine
+
+from ..refit import processes as P
+from . import fakes
+
+LIMIT = 60_000  # bytes: a layer of the model does not fit
+DRAWN = Sampling(n=1, max_tokens=8)
+
+
+@pytest.fixture(autouse=True)
+def shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "reduce_tensor", fakes.reduce_shared)
+    monkeypatch.setattr(tensorrt_llm, "reduce_tensor", fakes.reduce_shared)
+    monkeypatch.setattr(checkpoint_engine, "reduce_tensor", fakes.reduce_shared)
+    monkeypatch.setattr(vllm_worker, "opened", lambda handles, device: fakes.rebuild_shared(*handles["cpu"]))
+
+
+def made(name: str, model: Decoder, limit: int = LIMIT) -> tuple[Any, Any]:
+    """(the adapter, the fake)."""
+    other = P.decoder(99)
+    if name == "vllm":
+        fake: Any = fakes.FakeVLLM(other)
+        return VLLMEngine(fake, fakes.Parameters, model, limit=limit), fake
+    if name == "sglang":
+        fake = fakes.FakeSGLang(other, tp=2)
+        return SGLangEngine(fake, fakes.flatten, model, tp=2, limit=limit), fake
+    fake = fakes.FakeTensorRTLLM(other)
+    return TensorRTLLMEngine(fake, fakes.Parameters, model, limit=limit), fake
+
+
+NAMES = ("vllm", "sglang", "tensorrt-llm")
+
+
+def change(model: Decoder) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+
+
+@pytest.mark.parametrize("limit", [LIMIT, 1 << 20])
+@pytest.mark.parametrize("name", NAMES)
+def test_refits_and_completions(name: str, limit: int) -> None:
+    model = P.decoder(0)
+    engine, _fake = made(name, model, limit)
+    with pytest.raises(Poisoned):
+        engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
+    for version in range(3):
+        done = engine.update_weights(None, version)
+        assert done.nbytes == sum(p.nbytes for p in model.parameters()) and done.copied == done.nbytes * (
+            1 if name[-3:] == "llm" and name != "vllm" else 2
+        )
+        own = EmbeddedEngine(model)
+        seeds = P.SEEDS
+        if name == "sglang":  # its seeds are of each sample
+            from fastrlhf.seeds import mix
+
+            seeds = [mix(s, 0) & 0x7FFFFFFF for s in P.SEEDS]
+        expected = own.generate(P.PROMPTS, DRAWN, seeds=seeds)
+        got = engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
+        assert P.tokens(got) == P.tokens(expected)
+        assert got[0][0].logprobs == expected[0][0].logprobs and got[0][0].finish_reason == "length"
+        assert {c.weight_spans for g in got for c in g} == {((version, 8),)}
+        change(model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_failure_on_the_way_poisons_and_the_next_refit_heals(name: str) -> None:
+    model = P.decoder(0)
+    engine, fake = made(name, model)
+    engine.update_weights(None, 0)
+    change(model)
+    fake.model.fails_at = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(Exception, match="out of memory"):
+        engine.update_weights(None, 1)
+    assert engine.session.state is State.POISONED
+    with pytest.raises(Poisoned, match="refit 2 failed"):
+        engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
+    fake.model.fails_at = ""
+    engine.update_weights(None, 2)
+    for (_, a), (_, b) in zip(model.named_parameters(), fake.model.decoder.named_parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_a_cache_that_could_not_be_reset_is_a_failure(name: str) -> None:
+    model = P.decoder(0)
+    engine, fake = made(name, model)
+    engine.update_weights(None, 0)
+    fake.running = True
+    with pytest.raises(RefitError, match="requests are"):
+        engine.update_weights(None, 1)
+    assert engine.session.state is State.POISONED
+    fake.running = False
+    assert engine.update_weights(None, 2).version == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_that_were_dropped_in_sleep_are_not_served(name: str) -> None:
+    engine, _fake = made(name, P.decoder(0))
+    engine.update_weights(None, 0)
+    engine.sleep(*([2] if name == "vllm" else []))
+    engine.wake()
+    with pytest.raises(Poisoned, match=r"drop|released"):
+        engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
+    engine.update_weights(None, 1)
+    assert engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
+
+
+def test_checkpoint_engines_wire() -> None:
+    """Over real sockets, with a name of this process's memory for a handle."""
+    pytest.importorskip("zmq")
+    model = P.decoder(0)
+    fake = fakes.FakeSGLang(P.decoder(99))
+    engine = SGLangEngine(fake, fakes.flatten, model, limit=LIMIT, wire="checkpoint-engine")
+    for version in range(2):
+        engine.update_weights(None, version)
+        for a, b in zip(model.parameters(), fake.model.decoder.parameters(), strict=True):
+            assert torch.equal(a, b)
+        change(model)
+    fake.model.fails_at = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(RefitError, match=r"checkpoint-engine worker: model.layers.1.mlp.up_proj.weight: out of memory"):
+        engine.update_weights(None, 2)
+    assert engine.session.state is State.POISONED
+    fake.model.fails_at = ""
+    assert engine.update_weights(None, 3).version == 3
+    with pytest.raises(ValueError, match="wire: expected one of"):
+        SGLangEngine(fake, fakes.flatten, model, tp=2, wire="checkpoint-engine")
+
+
+def test_the_fakes_refuse_what_the_contracts_do() -> None:
+    llm = fakes.FakeVLLM(P.decoder(0))
+    with pytest.raises(RuntimeError, match="start_weight_update while new"):
+        llm.start_weight_update()
+    with pytest.raises(TypeError):
+        llm.update_weights()
+    with pytest.raises(AttributeError, match="the contract has no load"):
+        llm.load()
+    sg = fakes.FakeSGLang(P.decoder(0))
+    assert sg.end_weight_update() == (False, "end_weight_update out of order")
+    with pytest.raises(TypeError):
+        sg.begin_weight_update(target="all")
+    worker = fakes.FakeTensorRTLLM(P.decoder(0)).worker
+    with pytest.raises(RuntimeError, match="before pre_reload"):
+        worker.update_weights({})
+    with pytest.raises(RuntimeError, match="epoch: 3 is not under way, None is"):
+        worker.fastrlhf_update(3, {})
+    worker.fastrlhf_begin(4, "drain")
+    with pytest.raises(RuntimeError, match="expected torch's rebuild_cuda_tensor"):
+        worker.fastrlhf_update(4, {"cpu": [("w", (os.system, ("true",)))]})
+    with pytest.raises(RuntimeError, match=r"none for GPU cpu, only for \['other'\]"):
+        worker.fastrlhf_update(4, {"GPU-other": []})
+
+
+def test_buckets_keep_modules_whole_where_they_fit() -> None:
+    weights = [(f"model.layers.{i}.{n}", torch.zeros(100, dtype=torch.float32)) for i in range(5) for n in "abc"]
+    found = list(buckets(weights, 7000))
+    assert [n for b in found for n, _ in b.tensors] == [n for n, _ in weights]
+    assert all(b.whole for b in found) and 1 < len(found) < 5
+    for b in found:
+        assert {n.rpartition(".")[0] for n, _ in b.tensors}.isdisjoint(
+            n.rpartition(".")[0] for other in found if other is not b for n, _ in other.tensors
+        )
+    torn = list(buckets(weights, 1000))
+    assert [n for b in torn for n, _ in b.tensors] == [n for n, _ in weights] and not any(b.whole for b in torn)
+    mixed = [("a", torch.zeros(3, dtype=torch.bfloat16)), ("b", torch.zeros(1)), ("c", torch.zeros(1, dtype=torch.bfloat16))]
+    assert [len({t.dtype for _, t in b.tensors}) for b in buckets(mixed, 10_000, one_dtype=True)] == [1, 1, 1]
+    assert len(list(buckets(mixed, 10_000))) == 1
+
+
+def test_a_bucket_of_torn_modules_is_copied_out_by_the_worker() -> None:
+    staging = Staging(4096, torch.device("cpu"))
+    tensors = [("a", torch.arange(5.0)), ("b", torch.arange(3, dtype=torch.bfloat16)), ("c", torch.arange(7.0))]
+    for whole in (True, False):
+        at = staging.pack(Bucket(tensors, whole))
+        assert all(i % 512 == 0 for i in at)
+        info = vllm_worker.UpdateInfo(1, [n for n, _ in tensors], [str(t.dtype)[6:] for _, t in tensors],
+                                      [list(t.shape) for _, t in tensors], at, whole)  # fmt: skip
+        got = vllm_worker.views(staging.buffer, info)
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(got, tensors, strict=True))
+        staging.buffer.zero_()
+        assert bool(got[0][1].any()) != whole
+    with pytest.raises(ValueError, match="offsets: expected 2, one for each name, got 1"):
+        vllm_worker.UpdateInfo(1, ["a", "b"], ["float32"] * 2, [[1]] * 2, [0], True)
+    with pytest.raises(ValueError, match="one comes twice"):
+        vllm_worker.UpdateInfo(1, ["a", "a"], ["float32"] * 2, [[1]] * 2, [0, 512], True)
+    with pytest.raises(ValueError, match=r"bytes 8190\.\.8194 do not lie"):
+        vllm_worker.views(staging.buffer, vllm_worker.UpdateInfo(1, ["a"], ["float32"], [[1]], [8190], True))
+
+
+def test_a_manifest_sees_what_is_missing_twice_or_another() -> None:
+    m = Manifest()
+    x = torch.zeros(2, 3)
+    m.begin()
+    m.seen("a", x)
+    m.seen("b", x)
+    m.complete()
+    for names, message in ((["a"], "b: did not come"), (["a", "a"], "a: came twice"), (["c"], "c: was not among the 2")):
+        m.begin()
+        with pytest.raises(RefitError, match=message):
+            for n in names:
+                m.seen(n, x)
+            m.complete()
+    m.begin()
+    with pytest.raises(RefitError, match="a: was"):
+        m.seen("a", x.bfloat16())
+
+
+# ----------------------------------------------------------------------------------------------------------------- Refitter
+
+
+def refitter_pair() -> tuple[Decoder, fakes.FakeRefitter, Any]:
+    model = P.decoder(0)
+    dest = catalogue_for(model_of(P.CONFIG | {"dtype": "float32"}), layout("tp1", "decoder"))
+    shapes = zip(dest.params.names, dest.params.shape.prod(1).tolist(), strict=True)
+    return model, fakes.FakeRefitter({n: ("float32", count) for n, count in shapes}), dest
+
+
+def test_bare_tensorrt_engines() -> None:
+    model, refitter, dest = refitter_pair()
+    target = RefitterTarget(fakes.FakeTensorRT, refitter, catalogue_of(model), parameters_of(model), dest)
+    session = Session(target)
+    for version in range(2):
+        session.refit(version)
+        got = refitter.engine["model.layers.2.self_attn.qkv_proj.weight"]
+        assert torch.equal(got, model.layers[2].self_attn.qkv_proj.weight.detach().flatten())
+        change(model)
+    assert refitter.calls.count("set_named_weights") == len(refitter.prototypes)  # once in all
+    refitter.answers = False
+    with pytest.raises(RefitError, match="answered false"):
+        session.refit(3)
+    assert session.state is State.POISONED
+    refitter.answers = True
+    del refitter.given["model.norm.weight"]
+    with pytest.raises(RefitError, match=r"model.norm.weight: the engine waits for it still"):
+        session.refit(4)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda r: setattr(r, "refuses", "model.norm.weight"), "model.norm.weight: the engine refused it"),
+        (lambda r: r.prototypes.update(other=("float32", 3)), "other: nobody gives it"),
+        (lambda r: r.prototypes.pop("model.norm.weight"), "model.norm.weight: the engine has no such weight"),
+        (lambda r: r.prototypes.update({"model.norm.weight": ("float32", 3)}), "the engine's has 3 of float32, given 64"),
+        (lambda r: r.prototypes.update({"model.norm.weight": ("float16", 64)}), "the engine's has 64 of float16"),
+    ],
+)
+def test_a_weight_that_tensorrt_does_not_take_is_an_error(edit: Any, message: str) -> None:
+    model, refitter, dest = refitter_pair()
+    edit(refitter)
+    with pytest.raises(RefitError, match=message):
+        RefitterTarget(fakes.FakeTensorRT, refitter, catalogue_of(model), parameters_of(model), dest)
+
+
+# ---------------------------------------------------------------------------------------------------------------- contracts
+
+
+def test_versions_outside_the_recording_are_refused() -> None:
+    assert contract.require_version("vllm", "0.33.0") == "0.33.0"
+    assert contract.require_version("vllm", "0.33.1.post1+cu130") and contract.require_version("tensorrt-llm", "1.3.0rc21")
+    for engine, version in (("vllm", "0.34.0"), ("vllm", "0.32.9"), ("sglang", "0.5.20"), ("tensorrt-llm", "1.1.0")):
+        with pytest.raises(ContractError, match=f"version {version} was not looked at"):
+            contract.require_version(engine, version)
+        assert contract.require_version(engine, version, any_version=True) == version
+    with pytest.raises(ContractError, match="contract: expected one of"):
+        contract.load("other")
+
+
+def test_a_contract_is_compared_with_files(tmp_path: Path) -> None:
+    c = contract.load("checkpoint-engine")
+    (file,) = c.signatures
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text("""
+class FlattenedTensorMetadata:
+    name: str
+    shape: int
+    dtype: int
+    offset: int
+def _rebuild_ipc(handle, device_id=None): ...
+def _extract_weights(payload, buffer): ...
+def update_weights_from_ipc(zmq_ctx, zmq_handle, device_id, *, run, post_hook=None): ...
+""")
+    assert contract.check("checkpoint-engine", tmp_path) == []
+    path.write_text(
+        path.read_text()
+        .replace("run, post_hook=None", "run")
+        .replace("    offset: int\n", "")
+        .replace("_rebuild_ipc", "_rebuilt")
+    )
+    found = contract.check("checkpoint-engine", tmp_path)
+    assert len(found) == 3
+    assert (
+        "expected (zmq_ctx, zmq_handle, device_id, *, run, post_hook=), found (zmq_ctx, zmq_handle, device_id, *, run)"
+        in "".join(found)
+    )
+    assert "FlattenedTensorMetadata: without offset" in "".join(found) and "_rebuild_ipc: there is no such function" in "".join(
+        found
+    )
+    path.unlink()
+    assert contract.check("checkpoint-engine", tmp_path) == [f"{file}: there is no such file"]
+
+
+FILES = dict(p.split("=", 1) for p in os.environ.get("FASTRLHF_ENGINE_FILES", "").split(",") if p)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "checkpoint-engine"])
+def test_the_recorded_contract_is_the_engines(engine: str) -> None:
+    root = FILES.get(engine)
+    if root is None:
+        found = importlib.util.find_spec(engine.replace("-", "_"))
+        if found is None or found.origin is None:
+            pytest.skip(f"{engine} is not here, neither installed nor in FASTRLHF_ENGINE_FILES")
+        root = str(Path(found.origin).parent.parent)
+    assert contract.check(engine, Path(root)) == []
+
+
+def test_every_engine_has_its_class() -> None:
+    assert set(ENGINES) == {"embedded", "embedded-process", *NAMES}
+    assert foreign.WholeTensors.atomic is False
+    with pytest.raises(ValueError, match=r"generation\.engine: expected one of"):
+        make_engine(GenerationConfig(engine="other"), P.decoder(0), None, "")

@@ -1,0 +1,196 @@
+"""However a model is spread over processes, it is the same model and the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastrlhf.algorithms.grpo import GroupRelative, GRPOConfig
+from fastrlhf.algorithms.ppo import PPO, PPOConfig
+from fastrlhf.algorithms.reward import RewardConfig, RewardTraining
+from fastrlhf.algorithms.sft import SFT, SFTConfig
+from fastrlhf.config import load
+from fastrlhf.data import load_tokenizer
+from fastrlhf.models import load_scalar_model, save_scalar_model
+from fastrlhf.models.checkpoint import named_weights, places
+from fastrlhf.parallel.layers import whole_of
+from fastrlhf.training.metrics import to_floats
+from fastrlhf.training.progress import Silent
+from torch import Tensor
+
+from .processes import LAYOUTS, LLAMA, QWEN, make_data, make_model, parallel_words, spawn
+
+pytest.importorskip("transformers")
+
+
+def sft(model: str, data: dict[str, str], options: dict[str, Any]) -> SFT:
+    return SFT(load(SFTConfig, None, [
+        "--run.directory", "unused", "--model.path", model, "--data.path", data["sft"], "--batch_size", "7",
+        "--micro_batch_tokens", "40", "--optimizer.lr", "3e-3", "--optimizer.warmup_steps", "0",
+        "--optimizer.weight_decay", "0.1", "--optimizer.grad_clip", "0.5", *parallel_words(options),
+    ]))  # fmt: skip
+
+
+def one_step(model: str, data: dict[str, str], options: dict[str, Any]) -> dict[str, Any]:
+    """Loss, gradients as they are reduced, and the weights after the step, whole and by Hugging Face name."""
+    run = sft(model, data, options)
+    gradients = {}
+    reduced = run.optimizer._reduced
+
+    def watch() -> dict[str, Tensor]:
+        grads = reduced()
+        gradients.update({n: g.clone() for n, g in grads.items()})
+        return grads
+
+    run.optimizer._reduced = watch  # type: ignore[method-assign]
+    metrics = dict(run.step(1, Silent()))
+    metrics |= {"next/" + k: v for k, v in run.step(2, Silent()).items()}
+    out: dict[str, Any] = {"metrics": {k: float(v) for k, v in metrics.items()}}  # type: ignore[arg-type]
+    if run.groups.dp.size == 1:
+        for place in places(run.model):
+            parameter = getattr(place.module, place.kind)
+            name = next(n for n, p in run.optimizer.parameters.items() if p is parameter)
+            grad = gradients[name]
+            held = grad[place.module.rows(place.part)] if hasattr(place.module, "parts") else grad
+            out["grad " + place.name] = held if place.dim is None else whole_of(held, place.dim, place.module.axis)
+    return out | {name: weight.clone() for name, weight in named_weights(run.model)}
+
+
+def many_steps(rank: int, model: str, data: dict[str, str], layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one_step(model, data, options) for options in layouts]
+
+
+@pytest.fixture(scope="module", params=[pytest.param("llama", marks=pytest.mark.slow), "qwen3 tied"])
+def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
+    directory = tmp_path_factory.mktemp("files")
+    return make_model(directory / "model", LLAMA if request.param == "llama" else QWEN), make_data(directory)
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_step_of_sft_is_that_of_one_process(files: tuple[str, dict[str, str]], world: int) -> None:
+    model, data = files
+    layouts = {name: options for name, (size, options) in LAYOUTS.items() if size == world}
+    if world == 2:
+        layouts["tp2 without sequence parallelism"] = {"tp": 2, "sequence_parallel": False}
+    expected = one_step(model, data, {})
+    found = spawn(world, many_steps, model, data, list(layouts.values()))
+    for i, name in enumerate(layouts):
+        seen = set()
+        for rank in range(world):
+            for key, value in found[rank][i].items():
+                seen.add(key)
+                if key == "metrics":
+                    assert value == pytest.approx(expected[key], abs=1e-5), (name, rank)
+                else:
+                    torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=1e-4, msg=lambda m: f"{name} {key}: {m}")
+        assert seen >= {k for k in expected if "dp" not in name or not k.startswith("grad")}, name
+
+
+def ppo(model: str, data: dict[str, str], options: dict[str, Any], *more: str) -> PPO:
+    return PPO(load(PPOConfig, None, [
+        "--run.directory", "unused", "--model.path", model, "--data.path", data["prompts"], "--data.max_prompt_tokens", "40",
+        "--rewards", '[{"function": "tests.trainer:letters"}]', "--steps", "5", "--prompts_per_step", "5",
+        "--completions_per_prompt", "2", "--sampling.max_tokens", "10", "--update.optimizer.lr", "1e-3",
+        "--update.epochs", "2", "--update.minibatch_size", "6", "--update.micro_batch_tokens", "60",
+        "--update.optimizer.eps", "1e-4", "--critic.optimizer.eps", "1e-4", "--critic.minibatch_size", "4",
+        "--critic.optimizer.lr", "1e-3", "--kl.coef", "0.1", *parallel_words(options), *more,
+    ]))  # fmt: skip
+
+
+def run_ppo(model: str, data: dict[str, str], options: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """The metrics of some steps and the tokens that were drawn."""
+    algorithm = ppo(model, data, options)
+    drawn: list[Any] = []
+    learn = algorithm.learn
+    algorithm.learn = lambda rollout, *rest: (drawn.append(rollout), learn(rollout, *rest))[1]  # type: ignore
+    out = []
+    for step in range(1, steps + 1):
+        metrics = to_floats(algorithm.step(step, Silent()))
+        out.append({"metrics": metrics, "tokens": drawn[-1].sequences.tokens})
+    return out
+
+
+def run_ppos(rank: int, model: str, data: dict[str, str], layouts: list[dict[str, Any]], steps: int) -> list[Any]:
+    return [run_ppo(model, data, options, steps) for options in layouts]
+
+
+def test_two_steps_of_ppo_over_stages_and_shards(files: tuple[str, dict[str, str]]) -> None:
+    """The matrix below in short."""
+    expected = run_ppo(*files, {}, 2)
+    found = spawn(4, run_ppos, *files, [LAYOUTS["tp2 pp2"][1]], 2)
+    compare("tp2 pp2", [rank[0] for rank in found], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_five_steps_of_ppo_are_those_of_one_process(files: tuple[str, dict[str, str]], world: int) -> None:
+    model, data = files
+    layouts = {name: options for name, (size, options) in LAYOUTS.items() if size == world}
+    if world == 2:
+        layouts["dp2 without a queue"] = {"balance": False}
+        layouts["generation through the stages"] = {"pp": 2, "interleave": 2, "reshard": False}
+    else:
+        layouts["generation through sharded stages"] = {"tp": 2, "pp": 2, "reshard": False}
+        layouts["generation through two pipelines"] = {"pp": 2, "reshard": False}
+    expected = run_ppo(model, data, {}, 5)
+    found = spawn(world, run_ppos, model, data, list(layouts.values()), 5)
+    for i, name in enumerate(layouts):
+        compare(name, [rank[i] for rank in found], expected)
+
+
+def numbers(metrics: Any) -> dict[str, float]:
+    """Without those of a process: its waiting, its share of the weights."""
+    return {k: v for k, v in to_floats(metrics).items() if k != "generate/idle" and not k.startswith("refit/")}
+
+
+def compare(name: str, found: list[Any], expected: list[dict[str, Any]]) -> None:
+    for rank, steps in enumerate(found):
+        for step, (ours, theirs) in enumerate(zip(steps, expected, strict=True), 1):
+            assert ours["tokens"] == theirs["tokens"], (name, rank, step)
+            assert numbers(ours["metrics"]) == pytest.approx(numbers(theirs["metrics"]), abs=1e-4), (name, rank, step)
+
+
+def others(rank: int, model: str, data: dict[str, str], layouts: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
+    """Three steps of GRPO, with a reward model beside a function, and of reward training, and its evaluation."""
+    return [[*grpo(model, data, options), *reward(model, data, options)] for options in layouts]
+
+
+def grpo(model: str, data: dict[str, str], options: dict[str, Any]) -> list[dict[str, float]]:
+    source = f'[{{"function": "tests.trainer:letters"}}, {{"model": "{data["reward model"]}", "weight": 0.5}}]'
+    algorithm = GroupRelative(load(GRPOConfig, None, [
+        "--run.directory", "unused", "--model.path", model, "--data.path", data["prompts"], "--data.max_prompt_tokens", "40",
+        "--rewards", source, "--steps", "3", "--prompts_per_step", "3", "--completions_per_prompt", "3", "--data.held_out",
+        data["prompts"], "--data.held_out_limit", "5",
+        "--sampling.max_tokens", "8", "--update.optimizer.lr", "1e-3", "--update.optimizer.eps", "1e-4",
+        "--update.loss.reduction", "seq-mean-token-mean", "--update.loss.entropy_coef", "0.01", "--update.minibatch_size", "5",
+        *parallel_words(options),
+    ]))  # fmt: skip
+    out = [numbers(algorithm.step(step, Silent())) for step in (1, 2, 3)]
+    return [*out, numbers(algorithm.evaluate(Silent()))]
+
+
+def reward(model: str, data: dict[str, str], options: dict[str, Any]) -> list[dict[str, float]]:
+    algorithm = RewardTraining(load(RewardConfig, None, [
+        "--run.directory", "unused", "--model.path", model, "--data.path", data["pairs"], "--batch_size", "5", "--steps", "3",
+        "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-4", "--optimizer.warmup_steps", "0", "--micro_batch_tokens", "60",
+        "--data.held_out_share", "0.2", *parallel_words(options),
+    ]))  # fmt: skip
+    out = [numbers(algorithm.step(step, Silent())) for step in (1, 2, 3)]
+    return [*out, numbers(algorithm.evaluate(Silent()))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_grpo_and_reward_models_are_those_of_one_process(files: tuple[str, dict[str, str]], world: int, tmp_path: Path) -> None:
+    model, data = files
+    save_scalar_model(load_scalar_model(model, seed=5), tmp_path / "rm", tokenizer=load_tokenizer(model))
+    data = data | {"reward model": str(tmp_path / "rm")}
+    layouts = {name: options for name, (size, options) in LAYOUTS.items() if size == world}
+    expected = [*grpo(model, data, {}), *reward(model, data, {})]
+    found = spawn(world, others, model, data, list(layouts.values()))
+    for i, name in enumerate(layouts):
+        for rank in range(world):
+            for k, (ours, theirs) in enumerate(zip(found[rank][i], expected, strict=True)):
+                assert ours == pytest.approx(theirs, abs=1e-4), (name, rank, k)

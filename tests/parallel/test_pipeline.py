@@ -1,0 +1,83 @@
+"""The schedules: complete, free of deadlock, as idle as they must be, and no message overtakes another."""
+
+from __future__ import annotations
+
+import pytest
+from fastrlhf.parallel import Stages
+from fastrlhf.parallel.pipeline import Action, bubble, makespan, schedule
+
+SHAPES = [(pp, v, m) for pp in (2, 3, 4, 8) for v in (1, 2, 3) for m in (0, 1, 2, 3, 4, 5, 7, 8, 16)]
+
+
+@pytest.mark.parametrize(("pp", "interleave", "batches"), SHAPES)
+def test_every_micro_batch_goes_through_every_chunk_and_back(pp: int, interleave: int, batches: int) -> None:
+    plan = schedule(pp, interleave, batches)
+    every = {Action(f, i, c) for f in (True, False) for i in range(batches) for c in range(interleave)}
+    for actions in plan:
+        assert set(actions) == every and len(actions) == len(every)
+        for i in range(batches):
+            for c in range(interleave):
+                assert actions.index(Action(True, i, c)) < actions.index(Action(False, i, c))
+    assert makespan(plan, interleave) is not None
+
+
+@pytest.mark.parametrize(("pp", "interleave", "batches"), SHAPES)
+def test_neighbours_send_and_receive_in_one_order(pp: int, interleave: int, batches: int) -> None:
+    plan = schedule(pp, interleave, batches)
+    for forward in (True, False):
+        orders = {tuple((a.batch, a.chunk) for a in actions if a.forward is forward) for actions in plan}
+        assert len(orders) == 1
+    if interleave > 1 and batches:  # the way around: what the last rank sends of chunk c the first takes into c + 1
+        sent = [(a.batch, a.chunk + 1) for a in plan[-1] if a.forward and a.chunk < interleave - 1]
+        assert sent == [(a.batch, a.chunk) for a in plan[0] if a.forward and a.chunk]
+
+
+@pytest.mark.parametrize(("pp", "batches"), [(2, 4), (4, 4), (4, 16), (8, 32)])
+@pytest.mark.parametrize("interleave", [1, 2, 4])
+def test_the_bubble_is_that_of_the_papers(pp: int, interleave: int, batches: int) -> None:
+    assert bubble(pp, interleave, batches) == pytest.approx((pp - 1) / (interleave * batches + pp - 1))
+
+
+@pytest.mark.parametrize("pp", [2, 4, 8])
+def test_a_rank_holds_no_more_than_1f1b_needs(pp: int) -> None:
+    for rank, actions in enumerate(schedule(pp, 1, 32)):
+        flying = most = 0
+        for action in actions:
+            flying += 1 if action.forward else -1
+            most = max(most, flying)
+        assert most == pp - rank
+
+
+def test_scoring_has_no_backward() -> None:
+    assert schedule(3, 1, 2, backward=False) == ((Action(True, 0, 0), Action(True, 1, 0)),) * 3
+
+
+@pytest.mark.parametrize(
+    ("stages", "sizes"),
+    [
+        (Stages(8, 4), (2, 2, 2, 2)),
+        (Stages(10, 4), (2, 3, 3, 2)),  # the ends have the embedding and the head as well
+        (Stages(11, 4), (3, 3, 3, 2)),
+        (Stages(9, 2, 2), (2, 3, 2, 2)),
+        (Stages(6, 3, split=(1, 3, 2)), (1, 3, 2)),
+    ],
+)
+def test_layers_of_stages(stages: Stages, sizes: tuple[int, ...]) -> None:
+    assert stages.sizes == sizes
+    held = [i for rank in range(stages.pp) for chunk in stages.of_rank(rank) for i in chunk]
+    assert sorted(held) == list(range(stages.layers))
+    assert stages.layers_of(1) == range(sizes[0], sizes[0] + sizes[1])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layers": 4, "pp": 2, "interleave": 3}, r"4 cannot be cut into 6 stages \(pp 2 x interleave 3\)"),
+        ({"layers": 4, "interleave": 2}, "interleave: expected >= 1, and 1 without a pipeline, got 2 with pp=1"),
+        ({"layers": 4, "pp": 2, "split": (1, 2)}, r"split: expected 2 numbers >= 1 that add up to 4 layers, got \[1, 2\]"),
+        ({"layers": 4, "pp": 2, "split": (4, 0)}, r"split: expected 2 numbers"),
+    ],
+)
+def test_what_cannot_be_cut(given: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Stages(**given)  # type: ignore[arg-type]
