@@ -36,7 +36,7 @@ class Watch:
     ) -> None:  # fmt: skip
         self._store = dist.distributed_c10d.PrefixStore("fastrlhf/watch", store)
         self.rank, self.world, self.timeout, self.grace, self.place = rank, world, timeout, grace, place
-        self.interval = min(5.0, max(0.05, timeout / 10))
+        self.interval = min(1.0, max(0.05, timeout / 10))  # lingering, four of it, must be well under `grace`
         self.verdict: str | None = None
         self._known = threading.Event()
         self._stop = threading.Event()
