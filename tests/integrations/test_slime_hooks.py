@@ -8,8 +8,11 @@ from argparse import Namespace
 
 import pytest
 import torch
+from fastrlhf import integrations
 from fastrlhf.integrations import slime
 from fastrlhf.integrations.hosts.nemo_rl import alone
+
+from . import contracts
 
 VOCAB = 61
 TOTAL, RESPONSE = [7, 5, 9], [4, 2, 6]
@@ -175,6 +178,15 @@ def test_the_first_step_is_on_policy():
 def test_what_is_not_covered_is_refused(name):
     with pytest.raises(ValueError, match=f"does not cover args.{name}"):
         slime.policy_loss(options(**{name: True}), batch(), torch.randn(1, sum(TOTAL), VOCAB), sum_of_sample_mean)
+
+
+def test_installation_makes_the_seams_live(monkeypatch, caplog):
+    for name, module in contracts.modules("slime").items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with caplog.at_level("INFO", "fastrlhf"):
+        slime.install(options())
+    assert "compute_approx_kl" in caplog.text and "not live" not in caplog.text
+    integrations.unpatch("slime")
 
 
 def test_context_parallelism_is_refused(megatron):

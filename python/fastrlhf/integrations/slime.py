@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from . import patch
 from .hosts import semantics
+from .hosts.slime import HOST
+from .patching import apply, log
 
 KL = {"k1": "k1", "k2": "k2", "k3": "k3", "low_var_kl": "k3"}
 LOW_VAR_BOUND = 10.0
 
 
-def install(*_: Any) -> None:
-    """Puts fastrlhf's functions into slime's seams, in each train actor."""
-    patch("slime")
+def install(args: Any = None) -> None:
+    """Patches slime in this process and writes the report to the log."""
+    log(str(apply(HOST, eager=True)))
 
 
 def advantages(args: Any, rollout_data: MutableMapping[str, Any]) -> None:
