@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from fastrlhf.refit import PeerLost, Poisoned, RefitError, StaleEpoch, State
 from fastrlhf.refit.catalogue import PlanError, to_message
 from fastrlhf.refit.host import answered
 from fastrlhf.refit.transports import posix_shm
+from fastrlhf.refit.wire import Channel
 
 from . import processes as P
 
@@ -221,14 +223,79 @@ def test_two_trainer_ranks_write_their_shares_and_none_can_commit_alone(tmp_path
         ranks[0].begin(1, 3, "drain", 5)
         ranks[1].begin(1, 3, "drain", 5)
         moved = ranks[0].transfer(1)
-        with pytest.raises(RefitError, match=r"rank\(s\) \[1\] have not written their part"):
-            ranks[0].commit(1, 3)
+        first = threading.Thread(target=ranks[0].commit, args=(1, 3))  # waits for the other's part
+        first.start()
+        time.sleep(0.2)
+        assert first.is_alive() and engine.state()["state"] == "refitting"
         moved_too = ranks[1].transfer(1)
-        ranks[0].commit(1, 3)
-        assert moved.nbytes + moved_too.nbytes == sum(t.nbytes for t in parameters.values())
+        ranks[1].commit(1, 3)  # waits for the first's
+        first.join()
+        assert engine.state()["version"] == 3 and moved.nbytes + moved_too.nbytes == sum(t.nbytes for t in parameters.values())
         assert engine.generate() == P.fresh(5)
         with pytest.raises(StaleEpoch):
             ranks[1].transfer(1)
+        ranks[0].begin(2, 4, "drain", 0.5)
+        ranks[0].transfer(2)
+        with pytest.raises(RefitError, match=r"rank\(s\) \[1\] have not written their part within 0.5 s"):
+            ranks[0].commit(2, 4)
+        with pytest.raises(RefitError, match="no attempt after 1 began"):
+            ranks[1].begin(2, 4, "drain", 0.1)  # too late
+        assert engine.state()["state"] == "serving" and engine.generate() == P.fresh(5)
+
+
+def test_an_attempt_is_its_own_trainers(tmp_path: Path) -> None:
+    """Another connection can neither end it nor begin one while its writer has not said that it is done."""
+    with P.engine(tmp_path / "s", 2) as engine:
+        one, two = (P.session_at(engine.connect(), seed).target for seed in (5, 6))
+        one.begin(1, 3, "drain", 5)
+        with pytest.raises(RefitError, match="has not said that it is done"):
+            two.begin(2, 4, "drain", 5)
+        two.fail(1, "not its own")
+        two.fail(2, "never begun")
+        assert engine.state()["state"] == "refitting"
+        one.transfer(1)
+        one.commit(1, 3)
+        one.begin(2, 4, "drain", 0.3)
+        time.sleep(0.6)  # given up by the engine; it may be copying still
+        with pytest.raises(RefitError, match="has not said that it is done"):
+            two.begin(3, 4, "drain", 5)
+        one.fail(2, "too slow")
+        two.begin(3, 4, "drain", 5)
+        two.transfer(3)
+        two.commit(3, 4)
+        assert engine.generate() == P.fresh(6)
+
+
+def test_an_interrupted_question_closes_the_channel() -> None:
+    """Its answer would be taken for that to the next one."""
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours, "engine")
+
+    class Interrupting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(ours, name)
+
+        def settimeout(self, seconds: float | None) -> None:
+            if seconds is not None:
+                raise KeyboardInterrupt
+
+    channel.socket = Interrupting()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        channel.ask({"kind": "commit"}, 5)
+    assert not channel.alive and not theirs.recv(1 << 16).endswith(b"late")
+    with pytest.raises(PeerLost):
+        channel.ask({"kind": "fail"}, 5)
+
+
+def test_one_stream_at_a_time() -> None:
+    with EmbeddedProcessEngine(P.decoder(0)) as engine:
+        engine.update_weights(None, 0)
+        first = engine.stream(P.PROMPTS, P.SAMPLING, seeds=P.SEEDS)
+        next(first)
+        with pytest.raises(RuntimeError, match="a stream is under way"):
+            next(engine.stream(P.PROMPTS, P.SAMPLING, seeds=P.SEEDS))
+        first.close()
+        assert len(engine.generate(P.PROMPTS, P.SAMPLING, seeds=P.SEEDS)) == 3
 
 
 def test_sides_that_do_not_agree_refuse_each_other(tmp_path: Path) -> None:
@@ -256,8 +323,8 @@ def test_adapters_are_merged_in() -> None:
         assert other.generate(P.PROMPTS, P.SAMPLING, seeds=P.SEEDS) == engine.generate(P.PROMPTS, P.SAMPLING, seeds=P.SEEDS)
 
 
-def stress(seconds: float, slots: int) -> tuple[int, int]:
-    """(refits, sequences): weights change as fast as they can while sequences are drawn; each is compared."""
+def stress(seconds: float, slots: int, few: int = 0) -> tuple[int, int]:
+    """(refits, sequences), at least `few` of each: weights change as fast as they can while sequences are drawn; each is compared."""
     kinds = 6
     expected = [P.fresh(seed) for seed in range(kinds)]
     weights = [dict(P.decoder(seed).named_parameters()) for seed in range(kinds)]
@@ -283,7 +350,7 @@ def stress(seconds: float, slots: int) -> tuple[int, int]:
         thread.start()
         end = time.monotonic() + seconds
         try:
-            while time.monotonic() < end and not errors:
+            while (time.monotonic() < end or min(refits, sequences) < few) and not errors:
                 out = engine.generate(P.PROMPTS, P.SAMPLING, seeds=P.SEEDS)
                 versions = {c.weight_version for group in out for c in group}
                 assert len(versions) == 1
@@ -298,7 +365,7 @@ def stress(seconds: float, slots: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_nothing_torn_is_read(slots: int) -> None:
-    refits, sequences = stress(1.5, slots)
+    refits, sequences = stress(1.5, slots, few=11)
     assert refits > 10 and sequences > 10
 
 

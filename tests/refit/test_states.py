@@ -98,6 +98,31 @@ def test_a_failure_while_writing(slots: int, after: State) -> None:
     assert w.acquire().version == 5
 
 
+def test_a_reader_whose_refit_failed_gives_its_lease_back_once() -> None:
+    w = Weights(1, version=0)
+    lease = w.acquire()
+    w.begin(1, 1, "keep", 1, shared=True)
+    failed = threading.Timer(0.1, w.fail, (1, "no"))
+    failed.start()
+    with pytest.raises(Poisoned):
+        w.step(lease)
+    w.release(lease)
+    assert w.begin(2, 2, "drain", 1) == 0 and w.commit(2) == 2
+    again = w.acquire()
+    w.release(again)
+    with pytest.raises(RuntimeError, match="given back before"):
+        w.release(again)
+
+
+def test_weights_overwritten_outside_of_a_refit() -> None:
+    w = Weights(1, version=0)
+    w.spoil("half a checkpoint")
+    with pytest.raises(Poisoned, match="half a checkpoint"):
+        w.acquire()
+    w.begin(1, 1, "drain", 1)
+    assert w.commit(1) == w.acquire().version == 1
+
+
 def test_a_message_of_another_attempt_is_refused() -> None:
     w = Weights(2, version=0)
     w.begin(7, 1, "drain", 5)

@@ -117,11 +117,12 @@ class SGLangTarget(WholeTensors):
         self._open = False
 
     def begin(self, epoch: int, version: int, mode: str, timeout: float) -> None:
-        # Engine.generate returns when its requests have ended: whatever the mode, none is running
-        _taken("begin_weight_update", self.engine.begin_weight_update(selector="target"))
-        self._open = True
+        """Engine.generate returns when its requests have ended: whatever the mode, none is running."""
 
     def transfer(self, epoch: int) -> Transfer:
+        # begin_weight_update here: where one worker fails at it, the others have begun
+        self._open = True
+        _taken("begin_weight_update", self.engine.begin_weight_update(selector="target"))
         return self._send(self._bucket, 2)
 
     def _bucket(self, bucket: Bucket) -> None:
@@ -152,20 +153,22 @@ class SGLangWireTarget(WholeTensors):
         self.engine, self.timeout = engine, timeout
         self._sender: CheckpointEngineSender | None = None
         self._thread: threading.Thread | None = None
-        self._answer: Any = None
+        self._answer: list[Any] = []  # of the attempt under way
 
     def begin(self, epoch: int, version: int, mode: str, timeout: float) -> None:
-        device = self.model.embed_tokens.weight.device
+        device = next(self.model.parameters()).device
         largest = max(p.nbytes for p in self.model.parameters())
         key = device_key(device, prefix=True)
         address = f"ipc://@checkpoint-engine-{key}-{os.getpid()}-{epoch}.sock"
         self._sender = CheckpointEngineSender(address, max(self.limit, largest), device, timeout=timeout)
 
+        self._answer = answer = []
+
         def receive() -> None:
             try:
-                self._answer = self.engine.update_weights_from_ipc({key: address}, flush_cache=False)
+                answer.append(self.engine.update_weights_from_ipc({key: address}, flush_cache=False))
             except Exception as error:
-                self._answer = (False, str(error))
+                answer.append((False, str(error)))
 
         self._thread = threading.Thread(target=receive, daemon=True)
         self._thread.start()
@@ -180,13 +183,13 @@ class SGLangWireTarget(WholeTensors):
         self._sender.finish()
         self._sender = None
         self._joined()
-        _taken("update_weights_from_ipc", self._answer)
+        _taken("update_weights_from_ipc", self._answer[0])
         _taken("flush_cache", self.engine.flush_cache())
 
     def fail(self, epoch: int, reason: str) -> None:
         if self._sender is not None:
-            self._sender.abort(reason)
-            self._sender = None
+            sender, self._sender = self._sender, None
+            sender.abort(reason)
             self._joined()
 
     def close(self) -> None:

@@ -83,17 +83,20 @@ class TensorRTLLMTarget(WholeTensors):
     def __init__(self, llm: Any, model: Decoder, limit: int) -> None:
         super().__init__(model, limit)
         self.llm = llm
+        self._mode = "drain"
         self._held: list[Tensor] = []  # what the engine has open must live until it is done
 
     def begin(self, epoch: int, version: int, mode: str, timeout: float) -> None:
-        self._call("fastrlhf_begin", epoch, mode)
+        self._mode = mode
 
     def transfer(self, epoch: int) -> Transfer:
+        # its pre-reload not in begin: where one worker fails, the others' layers have changed
         self.epoch = epoch
+        self._call("fastrlhf_begin", epoch, self._mode)
         return self._send(self._bucket, 1)
 
     def _bucket(self, bucket: Bucket) -> None:
-        key = device_key(self.model.embed_tokens.weight.device, prefix=False)
+        key = device_key(next(self.model.parameters()).device, prefix=False)
         self._held += [t for _, t in bucket.tensors]
         self._call("fastrlhf_update", self.epoch, {key: [(n, reduce_tensor(t)) for n, t in bucket.tensors]})
 

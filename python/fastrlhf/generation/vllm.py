@@ -91,18 +91,18 @@ class VLLMTarget(WholeTensors):
     def begin(self, epoch: int, version: int, mode: str, timeout: float) -> None:
         # LLM.generate returns when its requests have ended: whatever the mode, none is running
         if self._staging is None:
-            weight = self.model.embed_tokens.weight
+            weight = next(self.model.parameters())
             largest = max(p.numel() * p.element_size() for p in self.model.parameters())
-            self._staging = Staging(max(self.limit, largest), weight.device)
-            _, arguments = reduce_tensor(self._staging.buffer)
+            staging = Staging(max(self.limit, largest), weight.device)
+            _, arguments = reduce_tensor(staging.buffer)
             key = device_key(weight.device, prefix=False)
-            self.llm.init_weight_transfer_engine(
-                {"init_info": {"handles": {key: arguments}, "nbytes": self._staging.buffer.nbytes}}
-            )
-        self.llm.start_weight_update()
-        self._open, self.epoch = True, epoch
+            self.llm.init_weight_transfer_engine({"init_info": {"handles": {key: arguments}, "nbytes": staging.buffer.nbytes}})
+            self._staging = staging
 
     def transfer(self, epoch: int) -> Transfer:
+        # not in begin: it makes the layers ready to be loaded, and where one worker fails the others' are
+        self._open, self.epoch = True, epoch
+        self.llm.start_weight_update()
         return self._send(self._bucket, 2)
 
     def _bucket(self, bucket: Bucket) -> None:

@@ -6,16 +6,19 @@
     begin {epoch, version, mode}    ->     the slot to write            SERVING -> DRAINING -> REFITTING
     join {epoch}                    ->     the same, for the trainer's other ranks
     done {epoch, hashes}            ->     after a rank's copies
-    commit {epoch}                  ->     the version                  REFITTING -> SERVING
+    commit {epoch}                  ->     the version, once every rank is done      REFITTING -> SERVING
+    outcome {epoch}                 ->     the same, to the other ranks
     fail {epoch, reason}            ->     the state
 
-A trainer that is gone, or takes longer than it said, ends the attempt.
+A trainer that is gone, or takes longer than it said, ends the attempt. An attempt belongs to the connections that began or
+joined it: others can neither end it nor begin another while one of them may still write.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,15 @@ from .memory import Places, checksum, copies, run
 from .plan import Plan, make_plan
 from .states import PeerLost, RefitError, StaleEpoch, State, Weights
 from .wire import Channel, Message
+
+
+@dataclass
+class Visit:
+    """One trainer rank's connection: the attempt that it takes part in, -1 for none, and the plan it agreed on."""
+
+    channel: Channel
+    epoch: int = -1
+    plan: Plan | None = None
 
 
 class Host:
@@ -41,11 +53,12 @@ class Host:
         committed: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
         self.dest, self.weights, self.arena, self.rank = dest, weights, arena, rank
-        self.plan: Plan | None = None
+        self.plan: Plan | None = None  # the last that was agreed on, then that of the attempt under way
         self._committed = committed
         self._places, self.slot_bytes = self._lay()
-        self._lock = threading.Lock()
-        self._done: set[int] = set()
+        self._lock = threading.Condition()
+        self._done: dict[int, set[int]] = {}  # by epoch
+        self._writing: dict[int, int] = {}  # epoch by connection
         self._watch: threading.Timer | None = None
 
     def _lay(self) -> tuple[list[Places], int]:
@@ -61,59 +74,77 @@ class Host:
 
     def serve(self, channel: Channel, other: Callable[[Message], bool] = lambda _: False) -> None:
         """Answers one trainer rank until it is gone. `other` takes messages of no refit and says whether it did."""
-        mine = -1  # the epoch of the attempt that this connection takes part in
+        visit, reason = Visit(channel), "the connection to the trainer ended"
         try:
             while True:
                 message, _ = channel.receive()
                 if other(message):
                     continue
-                if message["kind"] == "begin":
-                    mine = int(message["epoch"])
                 try:
-                    mine = self._answer(channel, message, mine)
+                    channel.send(*self._answer(visit, message))
                 except PeerLost:
                     raise
-                except (RefitError, PlanError, ValueError, KeyError, TypeError) as error:
+                except Exception as error:  # whatever it is, the trainer hears of it
                     channel.send({"error": type(error).__name__, "text": str(error)})
         except PeerLost as error:
-            if mine >= 0:
-                self.weights.fail(mine, str(error))
+            reason = str(error)
         finally:
+            self._leave(visit)
+            if visit.epoch >= 0:
+                self.weights.fail(visit.epoch, reason)
             channel.close()
 
-    def _answer(self, channel: Channel, message: Message, mine: int) -> int:
-        kind = message["kind"]
+    def _answer(self, visit: Visit, message: Message) -> tuple[Message, tuple[int, ...]]:
+        w, kind = self.weights, message["kind"]
         if kind == "hello":
-            w = self.weights
-            channel.send(
-                {"catalogue": to_message(self.dest), "rank": self.rank, "slots": w.slots, "slot_bytes": self.slot_bytes,
-                 "bytes": self.arena.nbytes, "epoch": w.epoch, "version": w.version, "state": w.state.value},
-                (self.arena.fd,),
-            )  # fmt: skip
-        elif kind == "plan":
-            channel.send({"digest": self._plan(from_message(message["source"]), message["digest"], message["ignore"])})
-        elif kind == "begin":
-            channel.send({"slot": self._begin(message, channel)})
-        elif kind == "join":
-            channel.send(self._join(message))
-            return self.weights.epoch
-        elif kind == "done":
+            return {
+                "catalogue": to_message(self.dest), "rank": self.rank, "slots": w.slots, "slot_bytes": self.slot_bytes,
+                "bytes": self.arena.nbytes, "epoch": w.epoch, "version": w.version, "state": w.state.value,
+            }, (self.arena.fd,)  # fmt: skip
+        return self._answers(visit, message, kind), ()
+
+    def _answers(self, visit: Visit, message: Message, kind: str) -> Message:
+        w = self.weights
+        if kind == "plan":
+            return {"digest": self._plan(visit, from_message(message["source"]), message["digest"], message["ignore"])}
+        if kind == "begin":
+            return {"slot": self._begin(visit, message)}
+        if kind == "join":
+            return self._join(visit, message)
+        if kind == "done":
+            self._own(visit, message)
             self._rank_done(message)
-            channel.send({})
-        elif kind == "commit":
-            channel.send({"version": self._commit(int(message["epoch"]), float(message["timeout"]))})
-            return -1
-        elif kind == "fail":
-            channel.send({"state": self.weights.fail(int(message["epoch"]), message["reason"]).value})
-            return -1
-        elif kind == "state":
-            w = self.weights
-            channel.send({"state": w.state.value, "version": w.version, "epoch": w.epoch, "reason": w.reason})
-        elif kind == "checksums":
-            channel.send({"version": self.weights.version, "checksums": self.checksums()})
-        else:
-            raise ValueError(f"kind: {kind!r} is not a message of this protocol")
-        return mine
+            self._leave(visit)
+            return {}
+        if kind == "commit":
+            return {"version": self._commit(self._own(visit, message), float(message["timeout"]), visit)}
+        if kind == "outcome":
+            version = w.outcome(self._own(visit, message), float(message["timeout"]))
+            visit.epoch = -1
+            return {"version": version}
+        if kind == "fail":
+            self._leave(visit)
+            if visit.epoch == int(message["epoch"]):
+                visit.epoch = -1
+                w.fail(int(message["epoch"]), message["reason"])
+            return {"state": w.state.value}
+        if kind == "state":
+            return {"state": w.state.value, "version": w.version, "epoch": w.epoch, "reason": w.reason}
+        if kind == "checksums":
+            return {"version": w.version, "checksums": self.checksums()}
+        raise ValueError(f"kind: {kind!r} is not a message of this protocol")
+
+    @staticmethod
+    def _own(visit: Visit, message: Message) -> int:
+        """The message's epoch, which must be that of this connection's attempt."""
+        if int(message["epoch"]) != visit.epoch:
+            raise StaleEpoch(f"epoch: {message['epoch']} is not this connection's attempt ({visit.epoch})")
+        return visit.epoch
+
+    def _leave(self, visit: Visit) -> None:
+        """It writes no more."""
+        with self._lock:
+            self._writing.pop(id(visit), None)
 
     def checksums(self) -> dict[str, int]:
         """XXH3-64 of each parameter that is served."""
@@ -125,32 +156,46 @@ class Host:
         finally:
             self.weights.release(lease)
 
-    def _plan(self, source: Catalogue, digest: str, ignore: list[str]) -> str:
+    def _plan(self, visit: Visit, source: Catalogue, digest: str, ignore: list[str]) -> str:
         with self._lock:
-            if self.plan is None or self.plan.digest != digest:
+            plan = self.plan
+            if plan is None or plan.digest != digest:
                 plan = make_plan(source, self.dest, ignore=frozenset(ignore))
                 if plan.digest != digest:
                     raise PlanError(f"plan: the trainer's has the digest {digest[:16]}, this one {plan.digest[:16]}")
+            visit.plan = plan
+            if not self._writing:
                 self.plan = plan
-            return self.plan.digest
+            return plan.digest
 
-    def _begin(self, message: Message, channel: Channel) -> int:
-        if self.plan is None:
+    def _begin(self, visit: Visit, message: Message) -> int:
+        if visit.plan is None:
             raise RefitError("plan: none has been agreed on")
         epoch, timeout = int(message["epoch"]), float(message["timeout"])
+        with self._lock:
+            if others := [e for v, e in self._writing.items() if v != id(visit)]:
+                raise RefitError(f"begin: whoever wrote attempt {max(others)} has not said that it is done, and is still there")
+        channel = visit.channel
         slot = self.weights.begin(epoch, int(message["version"]), message["mode"], timeout, alive=lambda: channel.alive)
-        self._done = set()
+        with self._lock:
+            visit.epoch, self.plan = epoch, visit.plan
+            self._writing[id(visit)] = epoch
+            self._done = {e: ranks for e, ranks in self._done.items() if e == epoch}
         self._watch = threading.Timer(timeout, self.weights.fail, (epoch, f"it took longer than {timeout:g} s"))
         self._watch.daemon = True
         self._watch.start()
         return slot
 
-    def _join(self, message: Message) -> Message:
+    def _join(self, visit: Visit, message: Message) -> Message:
         timeout = float(message["timeout"])
         if not self.weights.wait((State.REFITTING,), int(message["after"]), timeout):
             raise RefitError(f"join: no attempt after {message['after']} began within {timeout:g} s")
         epoch = self.weights.epoch
-        return {"epoch": epoch, "slot": self.weights.current(epoch)}
+        slot = self.weights.current(epoch)
+        with self._lock:
+            visit.epoch = epoch
+            self._writing[id(visit)] = epoch
+        return {"epoch": epoch, "slot": slot}
 
     def _rank_done(self, message: Message) -> None:
         """A source rank's copies are in place; what it hashed must be what lies here."""
@@ -168,21 +213,31 @@ class Host:
                 raise RefitError(f"{self.dest.params.title(int(param))}: what arrived is not what rank {rank} sent")
         with self._lock:
             self.weights.current(epoch)
-            self._done.add(rank)
+            self._done.setdefault(epoch, set()).add(rank)
+            self._lock.notify_all()
 
-    def _commit(self, epoch: int, timeout: float) -> int:
-        assert self.plan is not None
+    def _commit(self, epoch: int, timeout: float, visit: Visit) -> int:
+        """Waits for the other ranks' parts."""
+        plan = visit.plan
+        assert plan is not None
+        needed = set(plan.source_rank[plan.between(dest=self.rank)].tolist())
+        with self._lock:
+            self._lock.wait_for(lambda: self._ended(epoch) or needed <= self._done.get(epoch, set()), timeout)
+            missing = needed - self._done.get(epoch, set())
+        if missing:
+            raise RefitError(f"commit: rank(s) {sorted(missing)} have not written their part within {timeout:g} s")
         slot = self.weights.current(epoch)
-        needed = set(self.plan.source_rank[self.plan.between(dest=self.rank)].tolist())
-        if missing := needed - self._done:
-            raise RefitError(f"commit: rank(s) {sorted(missing)} have not written their part")
         self._fill_pads(slot)
         if self._committed is not None:
             self._committed(slot, self.weights._target[1])
         version = self.weights.commit(epoch)
+        visit.epoch = -1
         if self._watch is not None:
             self._watch.cancel()
         return version
+
+    def _ended(self, epoch: int) -> bool:
+        return self.weights.epoch != epoch or self.weights.state is not State.REFITTING
 
     def _fill_pads(self, slot: int) -> None:
         """Zeros where no tensor has anything. Nobody else writes there, but whoever owns the memory may have."""

@@ -71,6 +71,7 @@ class Weights:
         self.active, self.version = 0, -1 if version is None else version
         self.reason = "" if version is not None else "no weights have been loaded yet"
         self._target = (0, 0)  # (slot, version) of the attempt under way
+        self._committed = 0  # the last epoch that was
         self._aborted = self._kept = 0  # leases of before that epoch are
         self._leases = [0, 0]
         self._waiting = 0  # readers, for the refit under way to end
@@ -105,7 +106,11 @@ class Weights:
             if lease.epoch < self._kept and (self.slots == 1 or self.active != lease.slot):
                 self._give(lease)
                 self._changed.wait_for(lambda: self._readable or self.state in (State.POISONED, State.EMPTY))
-                return self._take()
+                try:
+                    return self._take()
+                except Poisoned:
+                    self._leases[lease.slot] += 1  # the caller still holds this one, and gives it back
+                    raise
             return lease
 
     def release(self, lease: Lease) -> None:
@@ -125,6 +130,8 @@ class Weights:
         return Lease(self.active, self.version, self.epoch)
 
     def _give(self, lease: Lease) -> None:
+        if not self._leases[lease.slot]:
+            raise RuntimeError(f"lease: slot {lease.slot} has no readers; this one was given back before")
         self._leases[lease.slot] -= 1
         self._changed.notify_all()
 
@@ -180,7 +187,7 @@ class Weights:
             if self.epoch != epoch or self.state is not State.DRAINING:
                 raise StaleEpoch(f"epoch: attempt {epoch} was given up")
             self._target = (slot, version)
-            self.state = State.REFITTING
+            self._settle(State.REFITTING)
             return slot
 
     def commit(self, epoch: int) -> int:
@@ -188,7 +195,7 @@ class Weights:
         with self._changed:
             self._check(epoch)
             self.active, self.version = self._target
-            self.reason = ""
+            self._committed, self.reason = epoch, ""
             self._settle(State.SERVING)
             return self.version
 
@@ -210,6 +217,26 @@ class Weights:
         end = time.monotonic() + timeout
         with self._changed:
             return self._changed.wait_for(lambda: self.epoch > epoch and self.state in states, end - time.monotonic())
+
+    def spoil(self, reason: str) -> None:
+        """What is served was overwritten outside of a refit: POISONED until one succeeds."""
+        with self._changed:
+            self.reason = reason
+            self._settle(State.POISONED)
+
+    def outcome(self, epoch: int, timeout: float) -> int:
+        """Waits for the end of an attempt; the version that it committed.
+
+        Raises:
+            RefitError: it failed, was given up, or has not ended within `timeout` seconds.
+        """
+        with self._changed:
+            under_way = (State.DRAINING, State.REFITTING)
+            if not self._changed.wait_for(lambda: self.epoch != epoch or self.state not in under_way, timeout):
+                raise RefitError(f"weights: attempt {epoch} has not ended within {timeout:g} s")
+            if self._committed != epoch:
+                raise RefitError(f"weights: attempt {epoch} failed: {self.reason or 'it was given up'}")
+            return self.version
 
     def current(self, epoch: int) -> int:
         """The slot that the attempt under way writes.

@@ -55,22 +55,29 @@ class Channel:
             if size > _LIMIT or count != len(fds):
                 raise self._lost("it does not speak this protocol")
             return json.loads(self._exactly(size)), list(fds)
+        except ValueError as error:
+            raise self._lost("it does not speak this protocol") from error
         except TimeoutError as error:
             raise self._lost(f"no answer within {timeout:g} s") from error
         except OSError as error:
             raise self._lost(f"it is gone ({error.strerror or error})") from error
 
     def ask(self, message: Message, timeout: float | None = None) -> Message:
-        """Sends and waits for the answer."""
-        self.send(message)
-        return self.receive(timeout)[0]
+        """Sends and waits for the answer. Closed where that is interrupted: the answer would be taken for the next one's."""
+        try:
+            self.send(message)
+            return self.receive(timeout)[0]
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def alive(self) -> bool:
         """False where the other side has closed or was killed; asks nothing of it."""
         try:
-            ready, _, _ = select.select([self.socket], [], [], 0)
-            return not ready or bool(self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+            watched = select.poll()  # select() takes no descriptor above 1023
+            watched.register(self.socket, select.POLLIN)
+            return not watched.poll(0) or bool(self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:
             return True
         except (OSError, ValueError):

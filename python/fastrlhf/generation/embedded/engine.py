@@ -79,7 +79,13 @@ class EmbeddedEngine:
         """`weights` is None where they are the trainer's: only the version changes. A `stream` that is under way goes on with
         what there is now, and says so in `weight_spans`."""
         if weights is not None:
-            load_weights(self.model, iter(weights))
+            try:
+                load_weights(self.model, iter(weights))
+            except BaseException as error:
+                reason = f"loading version {version} failed half way: {error}"
+                self.weights.spoil(reason)
+                self.session.spoil(reason)
+                raise
         return self.session.refit(version)
 
     def close(self) -> None:

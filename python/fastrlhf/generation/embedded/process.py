@@ -48,20 +48,22 @@ class EmbeddedProcessEngine:
         self, model: Decoder, tokenizer: str | None = None, *, slots: int = 2, mode: str = "drain", verify: bool = False,
         timeout: float = 600.0, phase: Callable[[str], None] | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        if model.embed_tokens.weight.device.type != "cpu":
-            raise ValueError(f"model: the embedded process engine is for the CPU, got {model.embed_tokens.weight.device}")
+        one = next(model.parameters())
+        if one.device.type != "cpu":
+            raise ValueError(f"model: the embedded process engine is for the CPU, got {one.device}")
         if model.groups.tp.size * model.groups.pp.size > 1:
             raise ValueError("model: the embedded process engine has no tensor or pipeline parallelism yet")
         self.model, self.stats = model, GenerationStats()
         self.mode, self.verify, self.timeout, self._phase = mode, verify, timeout, phase
         self.context = options.get("context") or model.config.max_position_embeddings
         self._options = WorkerOptions(
-            config=model.config.to_hf(), dtype=str(model.embed_tokens.weight.dtype).removeprefix("torch."), slots=slots,
+            config=model.config.to_hf(), dtype=str(one.dtype).removeprefix("torch."), slots=slots,
             tokenizer=tokenizer, threads=torch.get_num_threads(), engine=options,
         )  # fmt: skip
         self._source = Merged(model)
         self._process: subprocess.Popen[bytes] | None = None
         self._generate: Channel | None = None
+        self._streaming = False
         self.session: Session | None = None
 
     @property
@@ -104,7 +106,10 @@ class EmbeddedProcessEngine:
         if self.session is None or self._generate is None:
             raise Poisoned("engine: it has no weights yet; update_weights comes first")
         self.session.require_serving()
+        if self._streaming:
+            raise RuntimeError("engine: a stream is under way; close it, or read it to its end, before the next")
         channel, ended = self._generate, False
+        self._streaming = True
         channel.send(
             {"kind": "generate", "prompts": [list(p) for p in prompts], "sampling": asdict(sampling),
              "seeds": None if seeds is None else list(seeds)}
@@ -127,7 +132,12 @@ class EmbeddedProcessEngine:
             ended = True
             self.session.state, self.session.reason = State.POISONED, "its process is gone"
             raise
+        except KeyboardInterrupt:  # perhaps in the middle of a message
+            ended = True
+            channel.close()
+            raise
         finally:
+            self._streaming = False
             if not ended:  # the caller wants no more
                 with contextlib.suppress(PeerLost):
                     channel.send({"kind": "cancel"})

@@ -68,9 +68,13 @@ class CheckpointEngineSender:
 
     def abort(self, reason: str) -> None:
         """The worker raises this instead of going on."""
-        if self._open:
-            self._socket.send_pyobj(RefitError(reason))
-        self.close()
+        try:
+            if self._open:
+                self._socket.send_pyobj(RefitError(reason))
+        except self._zmq.ZMQError:  # an answer is outstanding: a REQ socket may not send before it has come
+            pass
+        finally:
+            self.close()
 
     def close(self) -> None:
         self._open = False

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..catalogue import Catalogue, Ints, PlanError, from_message, to_message
-from ..host import Host, answered
+from ..host import Host, Visit, answered
 from ..memory import Places, copies
 from ..plan import make_plan
 from ..session import Transfer
@@ -109,8 +109,8 @@ class CudaIpc:
         return Transfer(self.nbytes, 1)
 
     def commit(self, epoch: int, version: int) -> None:
-        if self.rank == 0:
-            self._ask({"kind": "commit", "epoch": epoch, "timeout": self._seconds}, self._seconds)
+        kind = "outcome" if self.rank else "commit"
+        self._ask({"kind": kind, "epoch": epoch, "timeout": self._seconds}, self._seconds + 2)
 
     def fail(self, epoch: int, reason: str) -> None:
         self._ask({"kind": "fail", "epoch": epoch, "reason": reason}, self.timeout)
@@ -146,22 +146,24 @@ class CudaIpcHost(Host):
     def _lay(self) -> tuple[list[Places], int]:
         return [Places.of_tensors(self.dest, self.rank, s) for s in self._tensors], 0
 
-    def _answer(self, channel: Channel, message: Message, mine: int) -> int:
-        kind = message["kind"]
-        if kind == "hello":
-            channel.send({})
-        elif kind == "catalogue":
+    def _answer(self, visit: Visit, message: Message) -> tuple[Message, tuple[int, ...]]:
+        if message["kind"] == "hello":  # there is no arena to hand over
+            return {}, ()
+        return super()._answer(visit, message)
+
+    def _answers(self, visit: Visit, message: Message, kind: str) -> Message:
+        if kind == "catalogue":
             w = self.weights
-            channel.send({"catalogue": to_message(self.dest), "rank": self.rank, "epoch": w.epoch, "version": w.version})
-        elif kind == "export":
+            return {"catalogue": to_message(self.dest), "rank": self.rank, "epoch": w.epoch, "version": w.version}
+        if kind == "export":
             self._open(message)
-            channel.send({})
-        elif kind == "pull":
+            return {}
+        if kind == "pull":
+            self._own(visit, message)
             self._pull(message)
-            channel.send({})
-        else:
-            return super()._answer(channel, message, mine)
-        return mine
+            self._leave(visit)
+            return {}
+        return super()._answers(visit, message, kind)
 
     def _open(self, message: Message) -> None:
         if self.plan is None:
@@ -194,7 +196,8 @@ class CudaIpcHost(Host):
         self.device.run(self._tables[rank, slot])
         with self._lock:
             self.weights.current(epoch)  # a copy that took too long does not count
-            self._done.add(rank)
+            self._done.setdefault(epoch, set()).add(rank)
+            self._lock.notify_all()
 
     def _fill_pads(self, slot: int) -> None:
         for param, row, col, rows, cols in self.dest.pads.tolist():
