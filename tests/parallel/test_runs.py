@@ -85,6 +85,16 @@ def test_what_one_process_saved_goes_on_in_four(files: tuple[str, dict[str, str]
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_within_the_critics_warm_up(files: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    warm = ("--critic.warmup_steps", "2", "--steps", "3")
+    run(files, tmp_path / "alone", "one", *warm)
+    for layout in ("one", "dp2", "tp2"):
+        more = ["--run.time_limit", "0"] if layout != "tp2" else []
+        run(files, tmp_path / "run", layout, "--run.resume", "auto", *warm, *more)
+    same(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2 pp2", "pp2 interleaved", "tp2 dp2"])
 def test_the_export_is_that_of_one_process(files: tuple[str, dict[str, str]], layout: str, tmp_path: Path) -> None:
     """Bitwise: a learning rate of 0 leaves the weights alone, so that only the export can differ."""

@@ -76,8 +76,8 @@ class Algorithm(Protocol):
     def state(self) -> dict[str, Any]:
         """The same, of what JSON holds."""
 
-    def prepare(self) -> None:
-        """Make every tensor that `tensors` may name, for a checkpoint to be read into."""
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Make every tensor that `tensors` named when the state was this one, for its checkpoint to be read into."""
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None: ...
 

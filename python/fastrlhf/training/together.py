@@ -22,8 +22,8 @@ class Stateful(Protocol):
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]: ...
 
-    def prepare(self) -> None:
-        """Make every tensor that `tensors` may name."""
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Make every tensor that `tensors` named when the state was this one."""
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None: ...
 
@@ -141,7 +141,7 @@ class Together:
         tensors, state = self.lead(check)
         rng = tensors.pop("rng")
         if self.world > 1 or (path / sharded.SHARDS).is_dir():
-            algorithm.prepare()
+            algorithm.prepare(state["algorithm"])
             tensors = {group: dict(named) for group, named in algorithm.tensors().items()}
             sharded.load(path, tensors)
         algorithm.restore(tensors, state["algorithm"])

@@ -1,0 +1,89 @@
+"""Checkpoints of optimizers over processes: before a first step there are no moments to save or to ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastrlhf.parallel import ParallelGroups
+from fastrlhf.training.checkpoint import Checkpoints
+from fastrlhf.training.optim import Optimizer, OptimizerConfig
+from fastrlhf.training.state import load_into
+from fastrlhf.training.together import Together
+from torch import Tensor, nn
+
+from .processes import spawn
+
+
+class TwoModels:
+    """What a checkpoint needs of a policy that does not learn yet and a critic that does."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        groups = ParallelGroups.create()
+        self.models = {
+            name: {n: nn.Parameter(torch.randn(4, 3, generator=generator).to(dtype)) for n, dtype in dtypes.items()}
+            for name, dtypes in (("policy", {"a": torch.float32, "b": torch.bfloat16}), ("critic", {"c": torch.float32}))
+        }
+        self.optimizers = {name: Optimizer(own, OptimizerConfig(lr=0.1), 10, groups) for name, own in self.models.items()}
+
+    def step(self, name: str) -> None:
+        for p in self.models[name].values():
+            p.sum().backward()  # type: ignore[no-untyped-call]
+        self.optimizers[name].step(name)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        weights: dict[str, dict[str, Tensor]] = {name: dict(own) for name, own in self.models.items()}
+        return weights | {f"{name}_optimizer": o.save()[0] for name, o in self.optimizers.items()}
+
+    def state(self) -> dict[str, Any]:
+        return {name: o.save()[1] for name, o in self.optimizers.items()}
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        for name, o in self.optimizers.items():
+            o.prepare(state[name])
+
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        for name, o in self.optimizers.items():
+            load_into(dict(self.models[name]), tensors[name])
+            o.load(tensors[f"{name}_optimizer"], state[name])
+
+
+def saved(rank: int, directory: str) -> None:
+    algorithm = TwoModels()
+    algorithm.step("critic")
+    Together().save(Checkpoints(directory), 1, algorithm, {"algorithm": algorithm.state()}, {})
+
+
+def resumed(rank: int, directory: str, touched: bool) -> list[Tensor]:
+    """The weights after one more step of each model."""
+    algorithm = TwoModels()
+    if touched:
+        algorithm.step("policy")
+    checkpoints = Checkpoints(directory)
+    path = checkpoints.latest()
+    assert path is not None
+    Together().load(checkpoints, path, algorithm)
+    for name in algorithm.models:
+        algorithm.step(name)
+    return [p.detach().clone() for own in algorithm.models.values() for p in own.values()]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 2)])
+def test_a_checkpoint_of_the_critics_warm_up_is_resumed(tmp_path: Path, before: int, after: int) -> None:
+    directory = str(tmp_path)
+    if before > 1:
+        spawn(before, saved, directory)
+    else:
+        saved(0, directory)
+    found = spawn(after, resumed, directory, True) if after > 1 else [resumed(0, directory, True)]
+    reference = TwoModels()
+    for name in ("critic", "policy", "critic"):  # of one process: a sum over two is clipped to the same gradient
+        reference.step(name)
+    expected = [p for own in reference.models.values() for p in own.values()]
+    for weights in found:
+        for a, b in zip(weights, expected, strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-4)
