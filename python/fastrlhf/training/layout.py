@@ -47,7 +47,7 @@ class Layout:
             ConfigError: sizes that do not fit the number of processes.
         """
         try:
-            return Layout(ParallelGroups.create(config.tp, config.pp, config.dp), config)
+            return Layout(ParallelGroups.create(config.tp, config.pp, config.dp, timeout=config.timeout), config)
         except ValueError as error:
             raise ConfigError(f"parallel.{error}") from None
 
