@@ -27,6 +27,7 @@ class Watch:
     and has `grace` seconds to come out of what it does; then its watch ends it with status EXIT.
 
     Args:
+        store: the run's; the watch talks to it over a connection of its own.
         place: a rank -> what to call it.
     """
 
@@ -34,7 +35,7 @@ class Watch:
         self, store: Any, rank: int, world: int, *, timeout: float, place: Callable[[int], str] = "rank {}".format,
         grace: float = 10.0,
     ) -> None:  # fmt: skip
-        self._store = dist.distributed_c10d.PrefixStore("fastrlhf/watch", store)
+        self._store = dist.distributed_c10d.PrefixStore("fastrlhf/watch", _own_client(store))
         self.rank, self.world, self.timeout, self.grace, self.place = rank, world, timeout, grace, place
         self.interval = min(1.0, max(0.05, timeout / 10))  # lingering, four of it, must be well under `grace`
         self.verdict: str | None = None
@@ -101,3 +102,18 @@ class Watch:
         if not self._stop.wait(self.grace):
             print(f"fastrlhf: {verdict}; {self.place(self.rank)} was stuck and ends", file=sys.stderr, flush=True)
             os._exit(EXIT)
+
+
+def _own_client(store: Any) -> Any:
+    """The same store over another connection: who waits for a key of a TCPStore keeps its client to itself until it comes, as
+    the making of an NCCL communicator does, and this process would seem dead meanwhile."""
+    if hasattr(store, "clone"):  # torch >= 2.7
+        return store.clone()
+    inner = store
+    while isinstance(inner, dist.PrefixStore):
+        inner = inner.underlying_store
+    if not isinstance(inner, dist.TCPStore):
+        return store
+    client = dist.TCPStore(inner.host, inner.port, is_master=False, wait_for_workers=False, timeout=inner.timeout)
+    # the prefixes, which cannot be asked for, tell apart the attempts of a torchrun that starts anew
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
