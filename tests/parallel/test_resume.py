@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fastrlhf.errors import CheckpointError
 from fastrlhf.parallel import ParallelGroups
 from fastrlhf.training.checkpoint import Checkpoints
 from fastrlhf.training.optim import Optimizer, OptimizerConfig
@@ -58,6 +60,19 @@ def saved(rank: int, directory: str) -> None:
     Together().save(Checkpoints(directory), 1, algorithm, {"algorithm": algorithm.state()}, {})
 
 
+def refused(rank: int, directory: str) -> str:
+    """The error of a save on a disk that has no room for the second process's part."""
+    checkpoints = Checkpoints(directory)
+    algorithm = TwoModels()
+    Together().save(checkpoints, 1, algorithm, {"algorithm": algorithm.state()}, {})
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource.RLIM_INFINITY))
+    with pytest.raises(CheckpointError) as error:
+        Together().save(checkpoints, 2, algorithm, {"algorithm": algorithm.state()}, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return str(error.value)
+
+
 def resumed(rank: int, directory: str, touched: bool) -> list[Tensor]:
     """The weights after one more step of each model."""
     algorithm = TwoModels()
@@ -87,3 +102,11 @@ def test_a_checkpoint_of_the_critics_warm_up_is_resumed(tmp_path: Path, before: 
     for weights in found:
         for a, b in zip(weights, expected, strict=True):
             torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_disk_of_one_process_is_everyones_error(tmp_path: Path) -> None:
+    texts = spawn(2, refused, str(tmp_path))
+    assert texts[0] == texts[1]
+    assert f"checkpoint of step 2 in {tmp_path} could not be saved" in texts[0] and "rank 1: OSError" in texts[0]
+    assert f"the previous checkpoint {tmp_path / 'step-000001'} is intact" in texts[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-000001"]

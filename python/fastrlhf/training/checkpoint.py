@@ -102,7 +102,7 @@ class Checkpoints:
             self._publish(temporary, final)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, (OSError, safetensors.SafetensorError)):
+            if isinstance(error, (OSError, safetensors.SafetensorError, CheckpointError)):
                 raise CheckpointError(self._failure(step, error)) from error
             raise
         self._verified.add((final, sequence))

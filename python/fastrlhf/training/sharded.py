@@ -99,10 +99,18 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 def save(directory: Path, tensors: Tensors) -> None:
-    """Collective over all processes. That all chunks together are each whole tensor, every element once, is checked."""
+    """Collective over all processes. That all chunks together are each whole tensor, every element once, is checked.
+
+    Raises:
+        CheckpointError: in every process, where one of them could not write; with the directory, that process and why.
+    """
     alone = not dist.is_initialized()
     writer = FileSystemWriter(directory, single_file_per_rank=True)
-    write_shards(dict(_flat(tensors)), storage_writer=writer, planner=_SavePlanner(), no_dist=alone)
+    try:
+        write_shards(dict(_flat(tensors)), storage_writer=writer, planner=_SavePlanner(), no_dist=alone)
+    except CheckpointException as error:  # a BaseException, which nothing above expects
+        rank, (first, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"{directory}: rank {rank}: {type(first).__name__}: {first}") from error
 
 
 def load(path: Path, tensors: Tensors) -> None:

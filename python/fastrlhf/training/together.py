@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -119,7 +120,8 @@ class Together:
     def _join(self, algorithm: Stateful) -> None:
         directory = self.agree(None)
         if directory is not None:
-            sharded.save(Path(directory), algorithm.tensors())
+            with suppress(CheckpointError):  # everyone's; the leader has it too and says what is left
+                sharded.save(Path(directory), algorithm.tensors())
         problem = self.agree(None)
         if problem:
             raise CheckpointError(problem)
