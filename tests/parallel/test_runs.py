@@ -145,5 +145,7 @@ def test_a_process_that_stops_or_fails_alone(files: tuple[str, dict[str, str]], 
 
 def test_an_error_of_a_reward_is_everyones(files: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     rewards = ["--rewards", '[{"function": "tests.parallel.processes:refuses"}]']
-    for status, text in launch(2, words(files, tmp_path / "run", "tp2", *rewards), tmp_path):
+    ended = launch(2, words(files, tmp_path / "run", "tp2", *rewards), tmp_path)
+    assert ["there is no checkpoint yet" in text for _, text in ended] == [True, False]  # the first alone looks
+    for status, text in ended:
         assert status == 2 and "reward 'refuses': the function raised ValueError: no reward for 5 completions" in text, text

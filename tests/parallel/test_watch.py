@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,3 +50,17 @@ def test_a_failure_reaches_the_other() -> None:
     with watching(first, second) as (other, failing):
         failing.fail(ValueError("a reason"))
         assert str(other.explain(RuntimeError())) == "rank 1 failed: ValueError: a reason; this process, rank 0, stops"
+
+
+@pytest.mark.parametrize("reports", [True, False])
+def test_only_a_process_that_has_no_error_to_report_is_stuck(reports: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    first, second = stores()
+    with watching(first, second, grace=0.3) as (other, failing):
+        if reports:
+            other.fail(ValueError("its own"))
+        failing.fail(ValueError("a reason"))
+        time.sleep(1)
+        assert other.verdict is not None and failing.verdict is not None
+    assert ended == ([] if reports else [watch.EXIT])

@@ -24,7 +24,8 @@ class Watch:
     """A thread that says in the run's store that this process lives, and looks after the next one.
 
     When a process is silent for `timeout` seconds, or has said why it fails, every other one learns of it within `interval`
-    and has `grace` seconds to come out of what it does; then its watch ends it with status EXIT.
+    and has `grace` seconds to come out of what it does; then its watch ends it with status EXIT. One that has an error to
+    report already is not stuck, and takes the time that it takes.
 
     Args:
         store: the run's; the watch talks to it over a connection of its own.
@@ -40,12 +41,14 @@ class Watch:
         self.interval = min(1.0, max(0.05, timeout / 10))  # lingering, four of it, must be well under `grace`
         self.verdict: str | None = None
         self._known = threading.Event()
+        self._leaves = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fastrlhf-watch", daemon=True)
         self._thread.start()
 
     def fail(self, error: BaseException) -> None:
         """Tell the others why this process fails, if nobody failed before it."""
+        self._leaves = True
         if self.verdict is None:
             text = str(error).strip().splitlines()
             self._accuse(f"{self.place(self.rank)} failed: {type(error).__name__}: {text[0] if text else ''}")
@@ -53,6 +56,7 @@ class Watch:
 
     def explain(self, error: BaseException) -> BaseException:
         """What to raise for an error of an exchange with other processes: who is gone, once it is known."""
+        self._leaves = True
         if self._known.wait(self.timeout + 2 * self.interval):
             self._linger()
             return Lost(f"{self.verdict}; this process, {self.place(self.rank)}, stops")
@@ -99,7 +103,7 @@ class Watch:
     def _end(self, verdict: str) -> None:
         self.verdict = verdict
         self._known.set()
-        if not self._stop.wait(self.grace):
+        if not self._stop.wait(self.grace) and not self._leaves:
             print(f"fastrlhf: {verdict}; {self.place(self.rank)} was stuck and ends", file=sys.stderr, flush=True)
             os._exit(EXIT)
 
