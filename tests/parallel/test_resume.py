@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from fastrlhf.errors import CheckpointError
 from fastrlhf.parallel import ParallelGroups
+from fastrlhf.training import checkpoint, sharded
 from fastrlhf.training.checkpoint import Checkpoints
 from fastrlhf.training.optim import Optimizer, OptimizerConfig
 from fastrlhf.training.state import load_into
@@ -73,6 +75,32 @@ def refused(rank: int, directory: str) -> str:
     return str(error.value)
 
 
+def reads(rank: int, directory: str) -> tuple[list[str], list[str], str]:
+    """The files that this process reads through while a checkpoint is saved, and while the latest is looked for; and that one,
+    where a file of the last is damaged."""
+    files: list[str] = []
+
+    def counted(file: Path) -> int:
+        files.append(file.relative_to(file.parents[1] if file.parent.name == sharded.SHARDS else file.parent).as_posix())
+        return crc(file)
+
+    crc = checkpoint.checksum
+    checkpoint.checksum = sharded.checksum = counted
+    algorithm, together = TwoModels(), Together()
+    for step in (1, 2):
+        together.save(Checkpoints(directory), step, algorithm, {"algorithm": algorithm.state()}, {})
+    saved, files[:] = sorted({*files}), []
+    assert together.latest(Checkpoints(directory)) == Path(directory, "step-000002")
+    looked = sorted(files)
+    together.barrier()
+    if rank == 0:
+        damaged = Path(directory, "step-000002", sharded.SHARDS, "__1_0.distcp")
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    together.barrier()
+    with warnings.catch_warnings(record=True):
+        return saved, looked, str(together.latest(Checkpoints(directory)))
+
+
 def resumed(rank: int, directory: str, touched: bool) -> list[Tensor]:
     """The weights after one more step of each model."""
     algorithm = TwoModels()
@@ -110,3 +138,11 @@ def test_a_full_disk_of_one_process_is_everyones_error(tmp_path: Path) -> None:
     assert f"checkpoint of step 2 in {tmp_path} could not be saved" in texts[0] and "rank 1: OSError" in texts[0]
     assert f"the previous checkpoint {tmp_path / 'step-000001'} is intact" in texts[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-000001"]
+
+
+def test_each_process_reads_its_share_of_a_checkpoint(tmp_path: Path) -> None:
+    (saved0, looked0, left0), (saved1, looked1, left1) = spawn(2, reads, str(tmp_path))
+    assert saved1 == ["shards/__1_0.distcp"]
+    assert saved0 == ["rng.safetensors", "shards/.metadata", "shards/__0_0.distcp", "state.json"]
+    assert sorted(looked0 + looked1) == sorted(saved0 + saved1) and min(len(looked0), len(looked1)) >= 2
+    assert left0 == left1 == str(tmp_path / "step-000001")

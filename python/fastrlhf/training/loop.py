@@ -245,7 +245,7 @@ def _fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress, 
 def _resume(algorithm: Algorithm, run: RunConfig, checkpoints: Checkpoints, progress: Progress, together: Together) -> int:
     if run.resume == "never":
         return 0
-    path = together.lead(checkpoints.latest) if run.resume == "auto" else Path(run.resume)
+    path = together.latest(checkpoints) if run.resume == "auto" else Path(run.resume)
     if path is None:
         return 0
     rng, state = together.load(checkpoints, path, algorithm)
