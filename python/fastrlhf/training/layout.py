@@ -9,6 +9,7 @@ from ..config import option
 from ..errors import ConfigError
 from ..models import read_config
 from ..parallel import ParallelGroups, Stages
+from ..parallel.pipeline import connect
 
 
 @dataclass
@@ -47,9 +48,11 @@ class Layout:
             ConfigError: sizes that do not fit the number of processes.
         """
         try:
-            return Layout(ParallelGroups.create(config.tp, config.pp, config.dp, timeout=config.timeout), config)
+            groups = ParallelGroups.create(config.tp, config.pp, config.dp, timeout=config.timeout)
         except ValueError as error:
             raise ConfigError(f"parallel.{error}") from None
+        connect(groups, config.interleave)
+        return Layout(groups, config)
 
     def of(self, path: str) -> dict[str, Any]:
         """What a loader of the model in a directory needs to know."""
