@@ -14,8 +14,6 @@ from fastrlhf.parallel import watch
 from fastrlhf.parallel.watch import Watch
 
 
-
-
 def stores() -> tuple[dist.Store, dist.Store]:
     """Of two ranks, as torch's rendezvous makes them."""
     first = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

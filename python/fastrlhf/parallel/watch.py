@@ -113,11 +113,12 @@ def _own_client(store: Any) -> Any:
     the making of an NCCL communicator does, and this process would seem dead meanwhile."""
     if hasattr(store, "clone"):  # torch >= 2.7
         return store.clone()
+    stores: Any = dist  # torch's types do not export them
     inner = store
-    while isinstance(inner, dist.PrefixStore):
+    while isinstance(inner, stores.PrefixStore):
         inner = inner.underlying_store
-    if not isinstance(inner, dist.TCPStore):
+    if not isinstance(inner, stores.TCPStore):
         return store
-    client = dist.TCPStore(inner.host, inner.port, is_master=False, wait_for_workers=False, timeout=inner.timeout)
+    client = stores.TCPStore(inner.host, inner.port, is_master=False, wait_for_workers=False, timeout=inner.timeout)
     # the prefixes, which cannot be asked for, tell apart the attempts of a torchrun that starts anew
-    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
+    return stores.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
