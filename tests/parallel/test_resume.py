@@ -101,6 +101,11 @@ def reads(rank: int, directory: str) -> tuple[list[str], list[str], str]:
         return saved, looked, str(together.latest(Checkpoints(directory)))
 
 
+class Other(TwoModels):
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        self.optimizers["policy"].prepare(state["another"])
+
+
 def resumed(rank: int, directory: str, touched: bool) -> list[Tensor]:
     """The weights after one more step of each model."""
     algorithm = TwoModels()
@@ -130,6 +135,12 @@ def test_a_checkpoint_of_the_critics_warm_up_is_resumed(tmp_path: Path, before: 
     for weights in found:
         for a, b in zip(weights, expected, strict=True):
             torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_of_another_algorithm_is_refused(tmp_path: Path) -> None:
+    spawn(2, saved, str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"step-000001: this is a checkpoint of another algorithm: .* no 'another'"):
+        Together().load(Checkpoints(tmp_path), tmp_path / "step-000001", Other())
 
 
 def test_a_full_disk_of_one_process_is_everyones_error(tmp_path: Path) -> None:

@@ -164,7 +164,10 @@ class Together:
         tensors, state = self.lead(check)
         rng = tensors.pop("rng")
         if self.world > 1 or (path / sharded.SHARDS).is_dir():
-            algorithm.prepare(state["algorithm"])
+            try:
+                algorithm.prepare(state["algorithm"])
+            except KeyError as error:
+                raise CheckpointError(f"{path}: this is a checkpoint of another algorithm: its state has no {error}") from error
             tensors = {group: dict(named) for group, named in algorithm.tensors().items()}
             sharded.load(path, tensors)
         algorithm.restore(tensors, state["algorithm"])
