@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+import torch
 import torch.distributed as dist
 from fastrlhf.models import Decoder, DecoderConfig
 from fastrlhf.parallel import ParallelGroups
 from fastrlhf.parallel.groups import Axis, coordinates, grid, picture
+from fastrlhf.training.layout import Layout, ParallelConfig
 
 from .processes import spawn
 
@@ -43,6 +47,21 @@ def test_who_sits_where() -> None:
             "tp, pp, cp: expected sizes >= 1, got tp=1, pp=0, cp=1",
             "cp: there is no context parallelism, expected 1, got 2",
         ]
+
+
+def waits(rank: int) -> str:
+    """What an exchange of the dp group says, whose second process comes a second late, where half a second is allowed."""
+    groups = Layout.create(ParallelConfig(timeout=0.5)).groups
+    time.sleep(1.5 * rank)
+    try:
+        dist.all_reduce(torch.ones(1), group=groups.dp.group)
+    except RuntimeError as error:
+        return str(error)
+    return "it waited"
+
+
+def test_a_groups_exchanges_have_the_runs_timeout() -> None:
+    assert "imed out" in spawn(2, waits)[0]
 
 
 def test_the_picture() -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.distributed as dist
 from fastrlhf.parallel import Stages
-from fastrlhf.parallel.pipeline import Action, bubble, makespan, schedule
+from fastrlhf.parallel.pipeline import Action, bubble, links, makespan, schedule
+from fastrlhf.training.layout import Layout, ParallelConfig
+
+from .processes import spawn
 
 SHAPES = [(pp, v, m) for pp in (2, 3, 4, 8) for v in (1, 2, 3) for m in (0, 1, 2, 3, 4, 5, 7, 8, 16)]
 
@@ -30,6 +35,36 @@ def test_neighbours_send_and_receive_in_one_order(pp: int, interleave: int, batc
     if interleave > 1 and batches:  # the way around: what the last rank sends of chunk c the first takes into c + 1
         sent = [(a.batch, a.chunk + 1) for a in plan[-1] if a.forward and a.chunk < interleave - 1]
         assert sent == [(a.batch, a.chunk) for a in plan[0] if a.forward and a.chunk]
+
+
+@pytest.mark.parametrize(("pp", "interleave"), [(2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (8, 3)])
+def test_every_link_of_a_run_is_made_before_it(pp: int, interleave: int) -> None:
+    used = set()
+    for rank, actions in enumerate(schedule(pp, interleave, 4)):
+        for action in actions:
+            stage, on = action.chunk * pp + rank, 1 if action.forward else -1
+            if 0 <= stage + on < pp * interleave:
+                around = "around_" if pp == 2 and min(stage, stage + on) % 2 else ""
+                used.add((around + ("forward" if action.forward else "backward"), rank, (stage + on) % pp))
+    assert sorted(used) == sorted(links(pp, interleave))
+
+
+def connected(rank: int, interleave: int) -> list[tuple[int, int]]:
+    """The messages of this process while a layout is made."""
+    sent: list[tuple[int, int]] = []
+
+    def send(rows: torch.Tensor, dst: int, group: dist.ProcessGroup) -> None:
+        sent.append((rank, dst))
+        plain(rows, dst=dst, group=group)
+
+    plain, dist.send = dist.send, send
+    Layout.create(ParallelConfig(pp=3, interleave=interleave))
+    return sent
+
+
+def test_a_layout_connects_its_stages() -> None:
+    sent = [message for messages in spawn(3, connected, 2) for message in messages]
+    assert sorted(sent) == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
 
 
 @pytest.mark.parametrize(("pp", "batches"), [(2, 4), (4, 4), (4, 16), (8, 32)])

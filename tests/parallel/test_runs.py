@@ -85,6 +85,16 @@ def test_what_one_process_saved_goes_on_in_four(files: tuple[str, dict[str, str]
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_within_the_critics_warm_up(files: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    warm = ("--critic.warmup_steps", "2", "--steps", "3")
+    run(files, tmp_path / "alone", "one", *warm)
+    for layout in ("one", "dp2", "tp2"):
+        more = ["--run.time_limit", "0"] if layout != "tp2" else []
+        run(files, tmp_path / "run", layout, "--run.resume", "auto", *warm, *more)
+    same(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2 pp2", "pp2 interleaved", "tp2 dp2"])
 def test_the_export_is_that_of_one_process(files: tuple[str, dict[str, str]], layout: str, tmp_path: Path) -> None:
     """Bitwise: a learning rate of 0 leaves the weights alone, so that only the export can differ."""
@@ -135,5 +145,7 @@ def test_a_process_that_stops_or_fails_alone(files: tuple[str, dict[str, str]], 
 
 def test_an_error_of_a_reward_is_everyones(files: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     rewards = ["--rewards", '[{"function": "tests.parallel.processes:refuses"}]']
-    for status, text in launch(2, words(files, tmp_path / "run", "tp2", *rewards), tmp_path):
+    ended = launch(2, words(files, tmp_path / "run", "tp2", *rewards), tmp_path)
+    assert ["there is no checkpoint yet" in text for _, text in ended] == [True, False]  # the first alone looks
+    for status, text in ended:
         assert status == 2 and "reward 'refuses': the function raised ValueError: no reward for 5 completions" in text, text

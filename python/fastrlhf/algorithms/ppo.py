@@ -89,9 +89,9 @@ class PPO(OnPolicy):
     def state(self) -> dict[str, Any]:
         return super().state() | {"critic": self.critic.state()}
 
-    def prepare(self) -> None:
-        super().prepare()
-        self.critic.optimizer.prepare()
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        super().prepare(state)
+        self.critic.optimizer.prepare(state["critic"])
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         super().restore(tensors, state)

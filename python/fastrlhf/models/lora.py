@@ -73,7 +73,7 @@ def add_lora(
         ValueError: rank < 1, a target that there is not, or a decoder that is sharded (tp > 1).
     """
     if model.groups.tp.size > 1:
-        raise ValueError(f"lora: not yet with tensor parallelism, got tp={model.groups.tp.size}")
+        raise ValueError(f"model.lora.rank: not yet with tensor parallelism, expected 0 with tp={model.groups.tp.size}")
     if rank < 1:
         raise ValueError(f"lora rank: expected >= 1, got {rank}")
     if unknown := set(targets) - set(PROJECTIONS):

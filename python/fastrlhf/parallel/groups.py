@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -62,12 +63,16 @@ class ParallelGroups:
     channels: Channels = field(default=Channels(), compare=False)
 
     @staticmethod
-    def create(tp: int = 1, pp: int = 1, dp: int | None = None, cp: int = 1) -> ParallelGroups:
+    def create(
+        tp: int = 1, pp: int = 1, dp: int | None = None, cp: int = 1, *, timeout: float | None = None
+    ) -> ParallelGroups:  # fmt: skip
         """The groups of this process. Every process must call it, with the same sizes.
 
         Args:
             dp: None is what is left of the world.
             cp: context parallelism, which there is not; 1.
+            timeout: seconds that an exchange within a group may take; None is torch's default for the backend. The world
+                has the one that it was made with.
 
         Raises:
             ValueError: sizes below 1, or whose product is not the number of processes.
@@ -86,9 +91,9 @@ class ParallelGroups:
             return ParallelGroups()
         rows = grid(tp, pp, world // (tp * pp))
         rank = dist.get_rank()
-        axes = {name: _axis(members, rank) for name, members in rows.items()}
+        axes = {name: _axis(members, rank, timeout) for name, members in rows.items()}
         everyone = Axis(dist.group.WORLD, rank, world, tuple(range(world)))
-        return ParallelGroups(**axes, world=everyone, channels=_channels(rows["pp"], rank))
+        return ParallelGroups(**axes, world=everyone, channels=_channels(rows["pp"], rank, timeout))
 
     def check(self, **shared: int) -> None:
         """Refuse what tp does not divide, as `check(num_attention_heads=32, vocab_size=32000)`.
@@ -142,18 +147,19 @@ def picture(tp: int, pp: int, dp: int) -> str:
     return "\n".join(line.rstrip() for line in (title, head, *lines))
 
 
-def _axis(rows: list[list[int]], rank: int) -> Axis:
+def _axis(rows: list[list[int]], rank: int, timeout: float | None) -> Axis:
     mine = Axis(ranks=(rank,))
+    limit = None if timeout is None else timedelta(seconds=timeout)  # a new group does not take the world's
     for members in rows:
         if len(members) == 1:
             continue
-        group = dist.new_group(members)  # collective: every process makes every group
+        group = dist.new_group(members, timeout=limit)  # collective: every process makes every group
         if rank in members:
             mine = Axis(group, members.index(rank), len(members), tuple(members))
     return mine
 
 
-def _channels(rows: list[list[int]], rank: int) -> Channels:
+def _channels(rows: list[list[int]], rank: int, timeout: float | None) -> Channels:
     stages = len(rows[0])
     names = ["forward", "backward", "around_forward", "around_backward"][: 0 if stages == 1 else 4 if stages == 2 else 2]
-    return Channels(**{name: _axis(rows, rank).group for name in names})
+    return Channels(**{name: _axis(rows, rank, timeout).group for name in names})

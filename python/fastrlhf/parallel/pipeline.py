@@ -153,6 +153,40 @@ def _alternating(pp: int, interleave: int, batches: int, limit: int) -> list[Act
     return out
 
 
+def _channel(pp: int, low: int, forward: bool) -> str:
+    """Of `Channels`, what goes between stage low and the next."""
+    around = "around_" if pp == 2 and low % 2 == 1 else ""
+    return around + ("forward" if forward else "backward")
+
+
+def links(pp: int, interleave: int) -> list[tuple[str, int, int]]:
+    """(channel, sender, receiver) of everything that ranks of a pipeline send, in the order of stages."""
+    found: dict[tuple[str, int, int], None] = {}
+    for low in range(pp * interleave - 1):
+        here, there = low % pp, (low + 1) % pp
+        found[_channel(pp, low, True), here, there] = None
+        found[_channel(pp, low, False), there, here] = None
+    return list(found)
+
+
+def connect(groups: ParallelGroups, interleave: int) -> None:
+    """One element over every link. Collective over the pipeline, before its first `run`.
+
+    NCCL makes the communicator of two processes in their first exchange, and whoever comes first waits on the host for the
+    other; a rank that expects the rows of its next action would so wait before it does this one. Not yet run on a GPU.
+    """
+    pp = groups.pp
+    if pp.size == 1:
+        return
+    for name, sender, receiver in links(pp.size, interleave):
+        group = getattr(groups.channels, name)
+        device = "cuda" if "nccl" in dist.get_backend_config(group) else "cpu"
+        if pp.rank == sender:
+            dist.send(torch.zeros(1, device=device), dst=pp.ranks[receiver], group=group)
+        elif pp.rank == receiver:
+            dist.recv(torch.zeros(1, device=device), src=pp.ranks[sender], group=group)
+
+
 class _Line:
     """What comes in and goes out of one rank of a pipeline, in order and in the background."""
 
@@ -172,10 +206,8 @@ class _Line:
 
     def _link(self, low: int, forward: bool) -> ProcessGroup | None:
         """Between stage low and the next."""
-        around = self.pp.size == 2 and low % 2 == 1
-        if forward:
-            return self.channels.around_forward if around else self.channels.forward
-        return self.channels.around_backward if around else self.channels.backward
+        group: ProcessGroup | None = getattr(self.channels, _channel(self.pp.size, low, forward))
+        return group
 
     def _rank(self, stage: int) -> int:
         return self.pp.ranks[stage % self.pp.size]

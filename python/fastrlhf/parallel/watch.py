@@ -24,9 +24,11 @@ class Watch:
     """A thread that says in the run's store that this process lives, and looks after the next one.
 
     When a process is silent for `timeout` seconds, or has said why it fails, every other one learns of it within `interval`
-    and has `grace` seconds to come out of what it does; then its watch ends it with status EXIT.
+    and has `grace` seconds to come out of what it does; then its watch ends it with status EXIT. One that has an error to
+    report already is not stuck, and takes the time that it takes.
 
     Args:
+        store: the run's; the watch talks to it over a connection of its own.
         place: a rank -> what to call it.
     """
 
@@ -34,17 +36,19 @@ class Watch:
         self, store: Any, rank: int, world: int, *, timeout: float, place: Callable[[int], str] = "rank {}".format,
         grace: float = 10.0,
     ) -> None:  # fmt: skip
-        self._store = dist.distributed_c10d.PrefixStore("fastrlhf/watch", store)
+        self._store = dist.distributed_c10d.PrefixStore("fastrlhf/watch", _own_client(store))
         self.rank, self.world, self.timeout, self.grace, self.place = rank, world, timeout, grace, place
         self.interval = min(1.0, max(0.05, timeout / 10))  # lingering, four of it, must be well under `grace`
         self.verdict: str | None = None
         self._known = threading.Event()
+        self._leaves = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fastrlhf-watch", daemon=True)
         self._thread.start()
 
     def fail(self, error: BaseException) -> None:
         """Tell the others why this process fails, if nobody failed before it."""
+        self._leaves = True
         if self.verdict is None:
             text = str(error).strip().splitlines()
             self._accuse(f"{self.place(self.rank)} failed: {type(error).__name__}: {text[0] if text else ''}")
@@ -52,6 +56,7 @@ class Watch:
 
     def explain(self, error: BaseException) -> BaseException:
         """What to raise for an error of an exchange with other processes: who is gone, once it is known."""
+        self._leaves = True
         if self._known.wait(self.timeout + 2 * self.interval):
             self._linger()
             return Lost(f"{self.verdict}; this process, {self.place(self.rank)}, stops")
@@ -98,6 +103,22 @@ class Watch:
     def _end(self, verdict: str) -> None:
         self.verdict = verdict
         self._known.set()
-        if not self._stop.wait(self.grace):
+        if not self._stop.wait(self.grace) and not self._leaves:
             print(f"fastrlhf: {verdict}; {self.place(self.rank)} was stuck and ends", file=sys.stderr, flush=True)
             os._exit(EXIT)
+
+
+def _own_client(store: Any) -> Any:
+    """The same store over another connection: who waits for a key of a TCPStore keeps its client to itself until it comes, as
+    the making of an NCCL communicator does, and this process would seem dead meanwhile."""
+    if hasattr(store, "clone"):  # torch >= 2.7
+        return store.clone()
+    stores: Any = dist  # torch's types do not export them
+    inner = store
+    while isinstance(inner, stores.PrefixStore):
+        inner = inner.underlying_store
+    if not isinstance(inner, stores.TCPStore):
+        return store
+    client = stores.TCPStore(inner.host, inner.port, is_master=False, wait_for_workers=False, timeout=inner.timeout)
+    # the prefixes, which cannot be asked for, tell apart the attempts of a torchrun that starts anew
+    return stores.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)

@@ -34,6 +34,11 @@ _FLOAT = "$float"
 _LEFTOVER = re.compile(r"(step-\d+|latest)\.tmp-\d+")
 
 
+Files = Mapping[str, tuple[int, int]]
+"""Size in bytes and CRC-32 by path."""
+Check = Callable[[Path, Files], str | None]
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -57,7 +62,7 @@ class Checkpoints:
         step: int,
         tensors: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
-        files: Mapping[str, Callable[[Path], None]] | None = None,
+        files: Mapping[str, Callable[[Path], Files | None]] | None = None,
     ) -> Path:
         """Writes a checkpoint and removes those no longer kept.
 
@@ -67,7 +72,8 @@ class Checkpoints:
                 Names that share one tensor are written once and come back sharing it.
             state: numbers, strings, bools, None, lists and dicts with string keys; tuples come back as lists. Floats
                 come back exactly, inf and NaN included.
-            files: sub-directories by name, each with the function that fills it.
+            files: sub-directories by name, each with the function that fills it. It may return what is known of the files
+                in it already; the others are read for their checksums.
 
         Returns:
             The checkpoint's directory.
@@ -93,40 +99,50 @@ class Checkpoints:
                 unique, aliases[group] = _untied(named)
                 _save_file(unique, temporary / f"{group}.safetensors")
             _write(temporary / STATE, text)
+            known: dict[str, tuple[int, int]] = {}
             for name, fill in (files or {}).items():
                 (temporary / name).mkdir()
-                fill(temporary / name)
-            manifest = {"step": step, "sequence": sequence, "aliases": aliases, "files": _checksums(temporary)}
+                known |= {f"{name}/{file}": what for file, what in (fill(temporary / name) or {}).items()}
+            manifest = {"step": step, "sequence": sequence, "aliases": aliases, "files": _checksums(temporary, known)}
             _write(temporary / MANIFEST, json.dumps(manifest, indent=1))
             _flush(temporary)
             self._publish(temporary, final)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, (OSError, safetensors.SafetensorError)):
+            if isinstance(error, (OSError, safetensors.SafetensorError, CheckpointError)):
                 raise CheckpointError(self._failure(step, error)) from error
             raise
         self._verified.add((final, sequence))
         self._prune()
         return final
 
-    def latest(self) -> Path | None:
-        """The checkpoint saved last of those that are complete and undamaged; warns about each one that is not."""
+    def latest(self, check: Check | None = None) -> Path | None:
+        """The checkpoint saved last of those that are complete and undamaged; warns about each one that is not.
+
+        Args:
+            check: `check_files`, or what does its work.
+        """
         order = {path: _sequence(path) for path in self._candidates()}
         for path in sorted(order, key=lambda p: order[p] if order[p] > 0 else math.inf, reverse=True):
-            problem = self._verify(path)
+            problem = self._verify(path, check)
             if problem is None:
                 return path
             warnings.warn(f"checkpoint {path} is skipped: {problem}", stacklevel=2)
         return None
 
-    def load(self, path: Path | str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def load(
+        self, path: Path | str, check: Check | None = None
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:  # fmt: skip
         """The tensors, on the CPU, and the state of a checkpoint.
+
+        Args:
+            check: `check_files`, or what does its work.
 
         Raises:
             CheckpointError: it is not there, not complete, or damaged; with the file.
         """
         path = Path(path)
-        problem = self._verify(path)
+        problem = self._verify(path, check)
         if problem is not None:
             raise CheckpointError(f"checkpoint {path}: {problem}")
         load_file = extra("safetensors.torch").load_file
@@ -143,20 +159,16 @@ class Checkpoints:
         names = {p.name for p in self.directory.iterdir() if _NAME.fullmatch(p.name)}
         return [self.directory / n for n in sorted(names) if not (n.endswith(".replaced") and n[:-9] in names)]
 
-    def _verify(self, path: Path) -> str | None:
+    def _verify(self, path: Path, check: Check | None) -> str | None:
         """What is wrong with a checkpoint, or None; each is read through once."""
         try:
             manifest = _manifest(path)
             if (path, manifest["sequence"]) in self._verified:
                 return None
-            for name, (size, checksum) in manifest["files"].items():
-                file = path / name
-                if file.stat().st_size != size:
-                    return f"{name} has {file.stat().st_size} bytes, expected {size}"
-                if _checksum(file) != checksum:
-                    return f"{name} is damaged: its checksum differs"
+            if problem := (check or check_files)(path, manifest["files"]):
+                return problem
         except OSError as error:
-            return f"{Path(error.filename).name if error.filename else path}: {error.strerror}"
+            return _reason(path, error)
         except (ValueError, KeyError, TypeError):
             return f"{MANIFEST} is damaged"
         self._verified.add((path, manifest["sequence"]))
@@ -210,6 +222,24 @@ class Checkpoints:
         return f"checkpoint of step {step} in {self.directory} could not be saved: {reason}; {kept}"
 
 
+def check_files(path: Path, files: Files) -> str | None:
+    """What is wrong with files of a checkpoint, or None; each is read through."""
+    try:
+        for name, (size, crc) in files.items():
+            file = path / name
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, expected {size}"
+            if checksum(file) != crc:
+                return f"{name} is damaged: its checksum differs"
+    except OSError as error:
+        return _reason(path, error)
+    return None
+
+
+def _reason(path: Path, error: OSError) -> str:
+    return f"{Path(error.filename).name if error.filename else path}: {error.strerror}"
+
+
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
@@ -261,16 +291,18 @@ def _files(directory: Path) -> list[Path]:
     return sorted(p for p in directory.rglob("*") if p.is_file())
 
 
-def _checksums(directory: Path) -> dict[str, tuple[int, int]]:
-    return {p.relative_to(directory).as_posix(): (p.stat().st_size, _checksum(p)) for p in _files(directory)}
+def _checksums(directory: Path, known: Files) -> dict[str, tuple[int, int]]:
+    names = {p.relative_to(directory).as_posix(): p for p in _files(directory)}
+    return {name: known.get(name) or (p.stat().st_size, checksum(p)) for name, p in names.items()}
 
 
-def _checksum(file: Path) -> int:
-    checksum = 0
+def checksum(file: Path) -> int:
+    """The CRC-32 of what is in a file."""
+    crc = 0
     with file.open("rb") as stream:
         while block := stream.read(2**22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def _flush(directory: Path) -> None:

@@ -76,8 +76,8 @@ class Algorithm(Protocol):
     def state(self) -> dict[str, Any]:
         """The same, of what JSON holds."""
 
-    def prepare(self) -> None:
-        """Make every tensor that `tensors` may name, for a checkpoint to be read into."""
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Make every tensor that `tensors` named when the state was this one, for its checkpoint to be read into."""
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None: ...
 
@@ -202,7 +202,7 @@ def _fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress, 
                     alone = together.world == 1  # several may not be at the same place
                     raise _stopped(
                         together.reason(error), done, save if alone and not algorithm.touched else None, before, rng, saved,
-                        checkpoints,
+                        checkpoints if together.leader else None,
                     ) from error  # fmt: skip
                 done += 1
                 numbers = metrics.log(done, values | algorithm.timers.pop() | memory.pop())
@@ -245,7 +245,7 @@ def _fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress, 
 def _resume(algorithm: Algorithm, run: RunConfig, checkpoints: Checkpoints, progress: Progress, together: Together) -> int:
     if run.resume == "never":
         return 0
-    path = together.lead(checkpoints.latest) if run.resume == "auto" else Path(run.resume)
+    path = together.latest(checkpoints) if run.resume == "auto" else Path(run.resume)
     if path is None:
         return 0
     rng, state = together.load(checkpoints, path, algorithm)
@@ -256,19 +256,22 @@ def _resume(algorithm: Algorithm, run: RunConfig, checkpoints: Checkpoints, prog
 
 def _stopped(
     error: BaseException, done: int, save: Any, state: Mapping[str, Any], rng: Mapping[str, Tensor], saved: int,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | None,
 ) -> BaseException:  # fmt: skip
-    """What to raise when step done + 1 failed: the error with its step, and what remains on disk."""
+    """What to raise when step done + 1 failed: the error with its step, and, of the process that writes checkpoints and so need
+    not read them through, what remains on disk."""
     if save is not None and saved != done:
         save(done, state, rng)
     if isinstance(error, KeyboardInterrupt):
         return error
-    latest = checkpoints.latest()
-    kept = f"the last checkpoint is {latest}" if latest else "there is no checkpoint yet"
     if not isinstance(error, UserError | ValueError):  # not the user's: its own type and traceback say more
         return error
+    kept = ""
+    if checkpoints is not None:
+        latest = checkpoints.latest()
+        kept = f"; the last checkpoint is {latest}" if latest else "; there is no checkpoint yet"
     kind = type(error) if type(error) in (NotFinite, CheckpointError, ConfigError, LostRun) else UserError
-    return kind(f"step {done + 1}: {error}; {kept}")
+    return kind(f"step {done + 1}: {error}{kept}")
 
 
 def _export(algorithm: Algorithm, final: Path, together: Together) -> None:

@@ -248,8 +248,8 @@ class OnPolicy(ABC):
     def state(self) -> dict[str, Any]:
         return {"policy": self.policy.state(), "prompts": self.prompts.state_dict(), "kl_coef": self.kl.coef}
 
-    def prepare(self) -> None:
-        self.policy.optimizer.prepare()
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        self.policy.optimizer.prepare(state["policy"])
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         self.policy.restore(dict(tensors), state["policy"])  # type: ignore[arg-type]

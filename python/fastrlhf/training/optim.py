@@ -176,8 +176,16 @@ class Optimizer:
         for p in (*self.parameters.values(), *self.learning.values()):
             p.grad = None
 
-    def prepare(self) -> None:
-        """State for every weight, zero where no step was taken yet: what a checkpoint is loaded into."""
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Moments for every weight, which a checkpoint is then loaded into; none where it was saved before the first step,
+        as in a critic's warm-up, and has none.
+
+        Args:
+            state: the JSON that `save` gave.
+        """
+        if not int(state["steps"]):
+            self.adamw.state.clear()
+            return
         for p in self.learning.values():
             if not self.adamw.state[p]:
                 zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_shards
 
 from ..errors import CheckpointError, extra
 from ..parallel.sharding import Chunk, Placement, placement_of
+from .checkpoint import Files, checksum
 
 SHARDS = "shards"
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -98,11 +99,39 @@ class _LoadPlanner(DefaultLoadPlanner):
         return box
 
 
-def save(directory: Path, tensors: Tensors) -> None:
-    """Collective over all processes. That all chunks together are each whole tensor, every element once, is checked."""
+def save(directory: Path, tensors: Tensors) -> Files:
+    """Collective over all processes. That all chunks together are each whole tensor, every element once, is checked.
+
+    Returns:
+        Size and checksum of each file of tensors; every process reads its own.
+
+    Raises:
+        CheckpointError: in every process, where one of them could not write; with the directory, that process and why.
+    """
     alone = not dist.is_initialized()
     writer = FileSystemWriter(directory, single_file_per_rank=True)
-    write_shards(dict(_flat(tensors)), storage_writer=writer, planner=_SavePlanner(), no_dist=alone)
+    try:
+        write_shards(dict(_flat(tensors)), storage_writer=writer, planner=_SavePlanner(), no_dist=alone)
+    except CheckpointException as error:  # a BaseException, which nothing above expects
+        rank, (first, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"{directory}: rank {rank}: {type(first).__name__}: {first}") from error
+    return _read_back(directory)
+
+
+def _read_back(directory: Path) -> Files:
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    own: dict[str, tuple[int, int]] | str
+    try:
+        own = {p.name: (p.stat().st_size, checksum(p)) for p in sorted(directory.glob(f"__{rank}_*"))}
+    except OSError as error:
+        own = f"{directory}: rank {rank}: {error}"
+    found: list[Any] = [own]
+    if world > 1:
+        found = [None] * world
+        dist.all_gather_object(found, own)
+    if problems := [part for part in found if isinstance(part, str)]:
+        raise CheckpointError(problems[0])
+    return {name: known for part in found for name, known in part.items()}
 
 
 def load(path: Path, tensors: Tensors) -> None:

@@ -99,8 +99,8 @@ class Supervised(ABC, Generic[Example]):
     def state(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.save()[1], "data": self.stream.state_dict()}
 
-    def prepare(self) -> None:
-        self.optimizer.prepare()
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.prepare(state["optimizer"])
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         load_into(trainable(self.model), tensors["model"], "model")

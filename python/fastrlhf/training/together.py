@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..errors import CheckpointError, UserError
 from ..parallel.watch import Lost, Watch
 from . import sharded
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, Files, check_files
 
 T = TypeVar("T")
 
@@ -22,8 +23,8 @@ class Stateful(Protocol):
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]: ...
 
-    def prepare(self) -> None:
-        """Make every tensor that `tensors` may name."""
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Make every tensor that `tensors` named when the state was this one."""
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None: ...
 
@@ -71,19 +72,40 @@ class Together:
             dist.barrier()
 
     def lead(self, work: Callable[[], T]) -> T:
-        """What the leader's work returns, or raises, in every process."""
+        """What the leader's work returns, or raises, in every process. It may ask the others for their share of `_check`."""
         if self.world == 1:
             return work()
-        found: tuple[bool, Any] = (True, None)
+        found: tuple[bool | None, Any] = (None, None)
         if self.leader:
             try:
                 found = (True, work())
             except (UserError, ValueError, OSError) as error:
                 found = (False, error)
         done, value = self.agree(found)
+        while done is None:
+            self._share(*value)
+            done, value = self.agree(found)
         if not done:
             raise value
         return value
+
+    def _check(self, path: Path, files: Files) -> str | None:
+        """`check_files`, with each process reading its share. Within the leader's work."""
+        if self.world == 1:
+            return check_files(path, files)
+        whole = {name: (int(size), int(crc)) for name, (size, crc) in files.items()}  # what is damaged fails here alone
+        self.agree((None, (path, whole)))
+        return self._share(path, whole)
+
+    def _share(self, path: Path, files: Files) -> str | None:
+        names = sorted(files, key=lambda name: (-files[name][0], name))[self.rank :: self.world]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, check_files(path, {name: files[name] for name in names}))
+        return next((problem for problem in found if problem), None)
+
+    def latest(self, checkpoints: Checkpoints) -> Path | None:
+        """The checkpoint saved last of those that are undamaged; every process reads its share of the files."""
+        return self.lead(lambda: checkpoints.latest(self._check))
 
     def save(
         self, checkpoints: Checkpoints, step: int, algorithm: Stateful, state: Mapping[str, Any], rng: Mapping[str, Tensor]
@@ -101,11 +123,11 @@ class Together:
             return
         joined = False
 
-        def fill(directory: Path) -> None:
+        def fill(directory: Path) -> Files:
             nonlocal joined
             joined = True
             self.agree(str(directory))
-            sharded.save(directory, algorithm.tensors())
+            return sharded.save(directory, algorithm.tensors())
 
         try:
             checkpoints.save(step, {"rng": rng}, state, files={sharded.SHARDS: fill})
@@ -119,7 +141,8 @@ class Together:
     def _join(self, algorithm: Stateful) -> None:
         directory = self.agree(None)
         if directory is not None:
-            sharded.save(Path(directory), algorithm.tensors())
+            with suppress(CheckpointError):  # everyone's; the leader has it too and says what is left
+                sharded.save(Path(directory), algorithm.tensors())
         problem = self.agree(None)
         if problem:
             raise CheckpointError(problem)
@@ -132,7 +155,7 @@ class Together:
         """
 
         def check() -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-            tensors, state = checkpoints.load(path)
+            tensors, state = checkpoints.load(path, self._check)
             if "rng" not in tensors or "algorithm" not in state:
                 raise CheckpointError(f"{path}: this is no checkpoint of a run")
             spread = self.world > 1 or (path / sharded.SHARDS).is_dir()
@@ -141,7 +164,10 @@ class Together:
         tensors, state = self.lead(check)
         rng = tensors.pop("rng")
         if self.world > 1 or (path / sharded.SHARDS).is_dir():
-            algorithm.prepare()
+            try:
+                algorithm.prepare(state["algorithm"])
+            except KeyError as error:
+                raise CheckpointError(f"{path}: this is a checkpoint of another algorithm: its state has no {error}") from error
             tensors = {group: dict(named) for group, named in algorithm.tensors().items()}
             sharded.load(path, tensors)
         algorithm.restore(tensors, state["algorithm"])
