@@ -117,7 +117,9 @@ class Host:
             self._leave(visit)
             return {}
         if kind == "commit":
-            return {"version": self._commit(self._own(visit, message), float(message["timeout"]), visit)}
+            version = self._commit(self._own(visit, message), float(message["timeout"]))
+            visit.epoch = -1
+            return {"version": version}
         if kind == "outcome":
             version = w.outcome(self._own(visit, message), float(message["timeout"]))
             visit.epoch = -1
@@ -216,9 +218,9 @@ class Host:
             self._done.setdefault(epoch, set()).add(rank)
             self._lock.notify_all()
 
-    def _commit(self, epoch: int, timeout: float, visit: Visit) -> int:
+    def _commit(self, epoch: int, timeout: float) -> int:
         """Waits for the other ranks' parts."""
-        plan = visit.plan
+        plan = self.plan
         assert plan is not None
         needed = set(plan.source_rank[plan.between(dest=self.rank)].tolist())
         with self._lock:
@@ -231,7 +233,6 @@ class Host:
         if self._committed is not None:
             self._committed(slot, self.weights._target[1])
         version = self.weights.commit(epoch)
-        visit.epoch = -1
         if self._watch is not None:
             self._watch.cancel()
         return version
