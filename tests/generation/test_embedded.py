@@ -9,6 +9,8 @@ import pytest
 import torch
 from fastrlhf.generation import Completion, EmbeddedEngine, Sampling
 from fastrlhf.models import Decoder, DecoderConfig, Packed, save_decoder, token_logprobs
+from fastrlhf.models.checkpoint import named_weights
+from fastrlhf.refit import Poisoned
 
 SMALL = {
     "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -146,6 +148,18 @@ def test_the_engine_draws_from_the_trainers_weights_as_they_are_now(model: Decod
 
     apart.update_weights(named_weights(model), 7)
     assert apart.generate(given, Sampling(max_tokens=8, temperature=0)) == after
+
+
+def test_weights_of_which_some_are_missing_are_never_served() -> None:
+    """They are written one after the other; what was there is a mixture by then."""
+    engine, other = EmbeddedEngine(decoder()), decoder()
+    given = list(named_weights(other))
+    with pytest.raises(Exception, match=r"."):
+        engine.update_weights(given[: len(given) // 2], 1)
+    with pytest.raises(Poisoned, match="loading version 1 failed half way"):
+        engine.generate([[1, 2]], Sampling(max_tokens=2))
+    engine.update_weights(given, 2)
+    assert engine.version == 2 and len(engine.generate([[1, 2]], Sampling(max_tokens=2))) == 1
 
 
 def test_bad_input_is_named(model: Decoder) -> None:

@@ -35,6 +35,10 @@ DRAWN = Sampling(n=1, max_tokens=8)
 
 @pytest.fixture(autouse=True)
 def shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared_memory(monkeypatch)
+
+
+def shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "reduce_tensor", fakes.reduce_shared)
     monkeypatch.setattr(tensorrt_llm, "reduce_tensor", fakes.reduce_shared)
     monkeypatch.setattr(checkpoint_engine, "reduce_tensor", fakes.reduce_shared)
@@ -105,6 +109,29 @@ def test_a_failure_on_the_way_poisons_and_the_next_refit_heals(name: str) -> Non
     engine.update_weights(None, 2)
     for (_, a), (_, b) in zip(model.named_parameters(), fake.model.decoder.named_parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_failure_as_the_engine_makes_itself_ready_poisons(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker may have changed its layers, another not."""
+    model = P.decoder(0)
+    engine, _fake = made(name, model)
+    engine.update_weights(None, 0)
+    begin = fakes.Model.begin
+
+    def half(self: fakes.Model) -> None:
+        begin(self)
+        raise MemoryError("out of memory in the second worker")
+
+    monkeypatch.setattr(fakes.Model, "begin", half)
+    with pytest.raises(Exception, match="out of memory"):
+        engine.update_weights(None, 1)
+    assert engine.session.state is State.POISONED
+    with pytest.raises(Poisoned):
+        engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
+    monkeypatch.undo()
+    shared_memory(monkeypatch)
+    assert engine.update_weights(None, 2).version == 2
 
 
 @pytest.mark.parametrize("name", ["vllm", "sglang"])

@@ -45,6 +45,17 @@ def ranks(rank: int, directory: str) -> None:
             assert "refused attempt 1; it is at 2" in str(error)
         session.epoch = 2
         session.refit(2)
+        copy = target.copy
+        if rank == 0:  # fails between two buckets; the other rank goes on and is told when it commits
+            copies = iter([copy])
+            target.copy = lambda table: next(copies)(table)  # type: ignore[method-assign]
+        try:
+            session.refit(3)
+            raise AssertionError("half of it was taken")
+        except (RefitError, StopIteration):
+            assert session.state is State.POISONED
+        target.copy = copy  # type: ignore[method-assign]
+        session.refit(3)
         dist.barrier()
         if rank == 1:
             os._exit(0)  # in the middle of what the engine takes for a session
@@ -58,9 +69,10 @@ def ranks(rank: int, directory: str) -> None:
     }
     weights = Weights(1)
     dest = CollectiveDest(plan, rank - 2, params, weights, [0, 1], [2, 3], bucket=4096)
-    for step in range(5):  # the refused attempt is followed by its being given up
+    for step in range(7):  # the refused attempt is followed by its being given up
         assert dest._one()
-        assert weights.version == (0, 1, 1, 1, 2)[step]
+        assert weights.version == (0, 1, 1, 1, 2, 2, 3)[step]
+        assert weights.state is (State.POISONED if step == 5 else State.SERVING)
     for (r, n), t in Split(c, B, {k: v + 2 for k, v in tensors.items()}).out.items():
         if r == rank - 2:
             got = params[n].reshape(t.shape)
@@ -73,7 +85,7 @@ def ranks(rank: int, directory: str) -> None:
         raise AssertionError("nobody noticed")
     except PeerLost as error:
         assert "is gone" in str(error)
-    assert weights.state is State.SERVING and weights.version == 2  # nothing of a new attempt was written
+    assert weights.state is State.SERVING and weights.version == 3  # nothing of a new attempt was written
     Path(directory, f"done-{rank}").touch()
     os._exit(0)
 

@@ -21,7 +21,7 @@ from ..session import Transfer
 from ..states import PeerLost, RefitError, StaleEpoch, Weights
 
 BUCKET = 64 << 20
-_BEGIN, _GO, _COMMIT, _FAIL, _STOP = range(5)
+_BEGIN, _GO, _DATA, _COMMIT, _FAIL, _STOP = range(6)
 
 
 class _Side:
@@ -111,6 +111,7 @@ class CollectiveSource(_Side):
         for d, buckets in enumerate(self._out):
             for table, message in buckets:
                 self.copy(table)
+                self.tell(self.dests[d], _DATA, epoch)  # or the receiver would take word of a failure for weights
                 self._guarded(lambda m=message, d=d: dist.send(m, self.dests[d], self.group), self.dests[d])
         return Transfer(self.nbytes, 2)
 
@@ -171,12 +172,13 @@ class CollectiveDest(_Side):
         try:
             for to in self.sources:
                 self.tell(to, _GO, epoch)
-            for s, buckets in enumerate(self._in):
-                for table, message in buckets:
-                    self._guarded(lambda m=message, s=s: dist.recv(m, self.sources[s], self.group), self.sources[s])
-                    self.copy(table)
-            words = [self.hear(of) for of in self.sources]
-            if any(w[0] != _COMMIT or w[1] != epoch for w in words):
+            whole = [self._take(s, epoch) for s in range(len(self.sources))]
+            ends = [ok and self.hear(of)[:2] == [_COMMIT, epoch] for ok, of in zip(whole, self.sources, strict=True)]
+            if not all(ends):
+                for to, commits in zip(self.sources, ends, strict=True):
+                    if commits:  # it waits for an answer, and says then that it gives up
+                        self.tell(to, _FAIL, epoch)
+                        self.hear(to)
                 raise RefitError("the trainer gave it up")
             self._fill_pads()
             self.weights.commit(epoch)
@@ -187,6 +189,16 @@ class CollectiveDest(_Side):
             return True
         for to in self.sources:
             self.tell(to, _COMMIT, epoch, version)
+        return True
+
+    def _take(self, s: int, epoch: int) -> bool:
+        """What a source sends; whether that was all of it."""
+        of = self.sources[s]
+        for table, message in self._in[s]:
+            if self.hear(of)[:2] != [_DATA, epoch]:
+                return False
+            self._guarded(lambda: dist.recv(message, of, self.group), of)
+            self.copy(table)
         return True
 
     def _fill_pads(self) -> None:
