@@ -11,96 +11,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ...parallel import ParallelGroups
-from ...parallel.groups import Axis
 from ...refit.session import Refit
 from ..engine import Completion, Engine, Finished, GenerationStats, Sampling
 from .engine import EmbeddedEngine
+from .queue import Board, Expected, Queue
 from .reshard import Resharded
 from .sequence import Share, Work, given
 
 _QUEUES = itertools.count()  # names of the queues of a process's life; all processes make the same ones
-HEAD_START = 0.5
-"""The share of the sequences that is dealt out before the rest is taken one by one."""
-
-
-class Expected:
-    """How long completions are expected to be: as the last ones of the same prompt were, else as the mean of all so far."""
-
-    def __init__(self) -> None:
-        self._last: dict[int, float] = {}  # by the prompt's hash: prompts would outgrow what they help
-        self._mean = 0.0
-
-    def __call__(self, prompt: Sequence[int]) -> float:
-        return self._last.get(hash(tuple(prompt)), self._mean)
-
-    def learn(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Completion]]) -> None:
-        for prompt, drawn in zip(prompts, completions, strict=True):
-            self._last[hash(tuple(prompt))] = sum(len(c.tokens) for c in drawn) / len(drawn)
-        self._mean = sum(self._last.values()) / max(len(self._last), 1)
-
-
-def longest_first(prompts: Sequence[Sequence[int]], n: int, expected: Callable[[Sequence[int]], float]) -> list[Share]:
-    """Every sample of every prompt, those expected to be the longest first; of equals the longest prompt."""
-    order = sorted(range(len(prompts)), key=lambda i: (-expected(prompts[i]), -len(prompts[i]), i))
-    return [Share(i, sample, 1) for i in order for sample in range(n)]
-
-
-def together(shares: Iterable[Share]) -> list[Share]:
-    """Neighbouring samples of a prompt as one share: the prompt then goes through the model once."""
-    out: list[Share] = []
-    for share in shares:
-        if out and out[-1].prompt == share.prompt and out[-1].first + out[-1].samples == share.first:
-            out[-1] = Share(share.prompt, out[-1].first, out[-1].samples + share.samples)
-        else:
-            out.append(share)
-    return out
-
-
-class Queue:
-    """`shares` for the replicas: the first half is dealt out like cards, so that each begins with as many long ones; of
-    the rest each takes the next whenever one of its own has ended. Every process of a replica gets the same.
-
-    Args:
-        within: the axes over which one replica is spread.
-        take: n -> the place of the first of the next n in one count of all replicas.
-    """
-
-    def __init__(
-        self, shares: Sequence[Share], within: Sequence[Axis], replica: int, replicas: int, most: int,
-        take: Callable[[int], int],
-    ) -> None:  # fmt: skip
-        self.within, self._take = within, take
-        dealt = min(most, max(1, int(len(shares) * HEAD_START / replicas))) * replicas
-        self._first: list[Share] | None = list(shares[:dealt][replica::replicas])
-        self._rest = shares[dealt:]
-        self.slots = max(1, len(self._first))
-        self._over = not self._rest
-
-    def __call__(self, running: int) -> list[Share]:
-        if self._first is not None:
-            first, self._first = self._first, None
-            return together(first)
-        free = self.slots - running
-        if self._over or free <= 0:
-            return []
-        at = self._next(free)
-        self._over = at + free >= len(self._rest)
-        return together(self._rest[at : at + free])
-
-    def _next(self, count: int) -> int:
-        """Taken once for the replica, by its first process."""
-        at = self._take(count) if all(axis.first for axis in self.within) else 0
-        for axis in self.within:
-            if axis.size > 1:
-                told = torch.tensor([at], dtype=torch.int64, device=_device(axis.group))
-                dist.broadcast(told, src=axis.ranks[0], group=axis.group)
-                at = int(told)
-        return at
 
 
 class Fleet:
@@ -143,10 +65,15 @@ class Fleet:
             work = self._work(prompts, sampling.n)
             for done in self.engine.stream(prompts, sampling, seeds=seeds, work=work):
                 found[done.prompt, done.sample] = done.completion
+                if isinstance(work, Queue):
+                    work.finished(done.prompt, done.sample, len(done.completion.tokens))
                 if progress is not None:
                     progress(1)
             seconds = time.perf_counter() - begun
-        return self._everyones(found, seconds, prompts, sampling.n)
+        out = self._everyones(found, seconds, prompts, sampling.n)
+        if isinstance(work, Queue):
+            work.close()
+        return out
 
     def stream(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int] | None = None
@@ -159,12 +86,10 @@ class Fleet:
         if not self.balance or replicas == 1:
             return given(Share(i, 0, n) for i in range(replica, len(prompts), replicas))
         assert isinstance(self.engine, EmbeddedEngine)
-        store = dist.distributed_c10d.PrefixStore("fastrlhf/queue", dist.distributed_c10d._get_default_store())
-        key = str(next(_QUEUES))
-        shares = longest_first(prompts, n, self.expected)
-        staged = self.resharded.decoder.groups.pp
-        within = (staged, self.groups.tp)
-        return Queue(shares, within, replica, replicas, self.engine.max_sequences, lambda count: store.add(key, count) - count)
+        store = dist.distributed_c10d.PrefixStore(f"fastrlhf/queue/{next(_QUEUES)}", dist.distributed_c10d._get_default_store())
+        expected = [self.expected(prompt) for prompt in prompts]
+        within = (self.resharded.decoder.groups.pp, self.groups.tp)
+        return Queue(expected, n, within, self.engine.max_sequences, Board(store, replica, replicas))
 
     def _everyones(
         self, found: dict[tuple[int, int], Completion], seconds: float, prompts: Sequence[Sequence[int]], n: int
@@ -190,7 +115,3 @@ class Fleet:
         axis = self.groups.replicas
         if axis.size > 1:
             dist.barrier(axis.group)
-
-
-def _device(group: Any) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
