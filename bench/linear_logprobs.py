@@ -4,6 +4,7 @@ gradients (6 where they are made in the forward), as torch multiplies in strips 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import fastrlhf
 import torch
@@ -101,15 +102,19 @@ def _cases(rows: int, vocab: int, width: int, *, others: bool) -> Iterator[Case]
         variants = {n: both(f) for n, f in functions.items()}
         variants[BARE] = Variant(lambda h=hidden, w=weight: bare(h, w, True))
         variants[f"{OURS} linear_policy_loss"] = _policy(hidden, weight, labels)
+        if dtype == torch.bfloat16:  # what the bare products do: d logits in bfloat16
+            rounded = {"workspace_dtype": torch.bfloat16}
+            variants[f"{OURS} rounded"] = both(lambda h, w, y: fastrlhf.linear_logprobs(h, w, y, **rounded).logprobs)
+            variants[f"{OURS} linear_policy_loss rounded"] = _policy(hidden, weight, labels, **rounded)
         yield Case("linear_logprobs", f"forward + backward {name}", variants)
 
 
-def _policy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Variant:
+def _policy(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Variant:
     h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     old, advantages = torch.full(labels.shape, -10.0), torch.randn(labels.shape)
 
     def run() -> None:
         h.grad = w.grad = None
-        fastrlhf.linear_policy_loss(h, w, labels, old, advantages, None).loss.backward()
+        fastrlhf.linear_policy_loss(h, w, labels, old, advantages, None, **options).loss.backward()
 
     return Variant(run)

@@ -1,8 +1,9 @@
 // Products of matrices in panels, for kernels that do something to each tile of a product while it is in registers and cache.
 //
 // A(M, K) B(K, N): A lies in panels of `MR` rows, [k][MR], B in panels of `NR` columns, [k][NR], both converted once on the way
-// in. A tile of MR x NR is summed over k in runs of 64, each in single precision from zero, the runs one after another: a
-// product's bits depend on its row, its column and K, not on how many rows or columns come with it, nor on the threads.
+// in. A tile of MR x NR is summed over k in runs of 64, each in single precision from zero, the runs one after another, in the
+// precision of the tile: a product's bits depend on its row, its column and K, not on how many rows or columns come with it,
+// nor on the threads.
 //
 // With AVX-512-BF16 a product of two bf16 matrices keeps its operands in pairs, [k / 2][MR or NR], and multiplies two k at a
 // time, exactly, into float accumulators.
@@ -59,9 +60,17 @@ inline void pack_panel_across(Row&& row, int64_t count, int64_t width, int64_t K
   }
 }
 
-// tile (MR, NR) = or += the product of two panels over K.
-template <class T>
-inline void multiply_panels(const T* a, const T* b, int64_t K, T* tile, bool add) {
+// to[lane] = or += x[lane], in the precision of `to`.
+template <class V>
+inline void put(typename V::T* to, V x, bool add) { (add ? V::load(to) + x : x).store(to); }
+inline void put(double* to, F32 x, bool add) {
+  if (!add) std::fill(to, to + F32::W, 0.0);
+  accumulate(to, x);
+}
+
+// tile (MR, NR) = or += the product of two panels over K. Sum: T, or double.
+template <class T, class Sum>
+inline void multiply_panels(const T* a, const T* b, int64_t K, Sum* tile, bool add) {
   using V = typename VectorOf<T>::type;
   constexpr int64_t MR = TileOf<T>::MR, NR = TileOf<T>::NR;
   for (int64_t begin = 0; begin < K || begin == 0; begin += run_length) {
@@ -80,9 +89,8 @@ inline void multiply_panels(const T* a, const T* b, int64_t K, T* tile, bool add
     }
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
-      T* to = tile + i * NR;
-      (add ? V::load(to) + c[i][0] : c[i][0]).store(to);
-      (add ? V::load(to + V::W) + c[i][1] : c[i][1]).store(to + V::W);
+      put(tile + i * NR, c[i][0], add);
+      put(tile + i * NR + V::W, c[i][1], add);
     }
     add = true;
   }
@@ -106,7 +114,22 @@ inline void pack_pairs(const bf16* const* source, int64_t count, int64_t width, 
     for (int64_t i = 0; i < count; ++i) out[whole * width + i] = source[i][K - 1].bits;
 }
 
-inline void multiply_panels(const Pair* a, const Pair* b, int64_t pairs, float* tile, bool add) {
+inline __m512i pairs_of(F32 below, F32 above) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(pack_bf16(below)), _mm512_slli_epi32(_mm512_cvtepu16_epi32(pack_bf16(above)), 16));
+}
+
+// As pack_panel_across.
+template <class Row>
+inline void pack_panel_across(Row&& row, int64_t count, int64_t width, int64_t K, Pair* out) {
+  for (int64_t k = 0; k < K; k += 2, out += width) {
+    const bf16 *p = row(k), *q = k + 1 < K ? row(k + 1) : nullptr;
+    for (int64_t i = 0; i < count; ++i) out[i] = p[i].bits | static_cast<Pair>(q ? q[i].bits : 0) << 16;
+    std::fill(out + count, out + width, Pair(0));
+  }
+}
+
+template <class Sum>
+inline void multiply_panels(const Pair* a, const Pair* b, int64_t pairs, Sum* tile, bool add) {
   constexpr int64_t MR = TileOf<float>::MR, NR = TileOf<float>::NR;
   for (int64_t begin = 0; begin < pairs || begin == 0; begin += run_length / 2) {
     const int64_t n = std::min(run_length / 2, pairs - begin);
@@ -124,9 +147,8 @@ inline void multiply_panels(const Pair* a, const Pair* b, int64_t pairs, float* 
     }
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
-      float* to = tile + i * NR;
-      _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), c[i][0]) : c[i][0]);
-      _mm512_storeu_ps(to + 16, add ? _mm512_add_ps(_mm512_loadu_ps(to + 16), c[i][1]) : c[i][1]);
+      put(tile + i * NR, F32{c[i][0]}, add);
+      put(tile + i * NR + 16, F32{c[i][1]}, add);
     }
     add = true;
   }
@@ -139,6 +161,36 @@ template <class E> inline int64_t units_of(int64_t K) { return K; }
 template <> inline int64_t units_of<Pair>(int64_t K) { return (K + 1) / 2; }
 #endif
 
+// A tile (columns, NR) of one product as operand of the next: of a sum over its columns, as B, [column][NR] ...
+template <class T>
+inline void keep_as_rows(const T* tile, int64_t columns, T* out) { std::copy(tile, tile + columns * TileOf<T>::NR, out); }
+
+// ... and of a sum over its lanes, as A: out [lane][MR] for MR columns, of which `columns` are there.
+template <class T>
+inline void keep_as_columns(const T* tile, int64_t columns, T* out) {
+  constexpr int64_t MR = TileOf<T>::MR, NR = TileOf<T>::NR;
+  for (int64_t j = 0; j < NR; ++j)
+    for (int64_t i = 0; i < MR; ++i) out[j * MR + i] = i < columns ? tile[i * NR + j] : T(0);
+}
+
+#if FASTRLHF_ISA_LEVEL == 3
+inline void keep_as_rows(const float* tile, int64_t columns, Pair* out) {
+  constexpr int64_t NR = TileOf<float>::NR;
+  for (int64_t i = 0; i < columns; i += 2)
+    for (int64_t j = 0; j < NR; j += 16)
+      _mm512_storeu_si512(out + i / 2 * NR + j, pairs_of(F32::load(tile + i * NR + j), i + 1 < columns ? F32::load(tile + (i + 1) * NR + j) : F32::set(0)));
+}
+
+inline void keep_as_columns(const float* tile, int64_t columns, Pair* out) {
+  constexpr int64_t MR = TileOf<float>::MR, NR = TileOf<float>::NR;
+  alignas(64) Pair rows[MR][NR / 2] = {};
+  for (int64_t i = 0; i < columns; ++i)
+    for (int64_t j = 0; j < NR; j += 16) store_as(reinterpret_cast<bf16*>(rows[i]) + j, F32::load(tile + i * NR + j));
+  for (int64_t j = 0; j < NR / 2; ++j)
+    for (int64_t i = 0; i < MR; ++i) out[j * MR + i] = rows[i][j];
+}
+#endif
+
 // Panels of A that stay in the second-level cache while the panels of B pass.
 template <class T, class E>
 inline int64_t panels_in_cache(int64_t K) {
@@ -149,16 +201,18 @@ inline int64_t panels_in_cache(int64_t K) {
 constexpr int64_t most_panels = 8;
 
 // The product of `count` panels of A (no more than `most_panels`) and the panels [first, last) of B: finish(j, tiles) for each panel
-// of B, with the tiles of A's panels one after another, (count MR, NR).
+// of B, with the tiles of A's panels one after another, (count MR, NR). Its runs are added in double precision, and rounded once.
 template <class T, class E, class Finish>
 inline void multiply_group(const E* a, int64_t count, const E* b, int64_t first, int64_t last, int64_t K, Finish&& finish) {
   constexpr int64_t MR = TileOf<T>::MR, NR = TileOf<T>::NR;
+  alignas(64) double sums[most_panels * MR * NR];
   alignas(64) T tiles[most_panels * MR * NR];
   const int64_t units = units_of<E>(K), step = 1024;  // of k: what of a panel of B stays near while it meets the panels of A
   for (int64_t j = first; j < last; ++j) {
     for (int64_t k = 0; k < units || k == 0; k += step)
       for (int64_t i = 0; i < count; ++i)
-        multiply_panels(a + (i * units + k) * MR, b + (j * units + k) * NR, std::min(step, units - k), tiles + i * MR * NR, k > 0);
+        multiply_panels(a + (i * units + k) * MR, b + (j * units + k) * NR, std::min(step, units - k), sums + i * MR * NR, k > 0);
+    for (int64_t i = 0; i < count * MR * NR; ++i) tiles[i] = static_cast<T>(sums[i]);
     finish(j, tiles);
   }
 }

@@ -26,6 +26,7 @@ struct LinearBackwardArgs {
   void* grad_bias = nullptr;            // (vocab), float32 or float64; or null
   bool accumulate = false;              // add to grad_weight and grad_bias
   bool narrow_sums = false;             // a narrow grad_weight may be added to itself
+  bool rounded = false;                 // the logits' gradient may be rounded to bfloat16, where that is faster
 };
 
 }  // namespace fastrlhf

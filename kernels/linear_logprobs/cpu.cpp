@@ -7,7 +7,7 @@
 namespace fastrlhf { namespace FASTRLHF_ISA {
 namespace {
 
-constexpr int64_t segment = 960;  // columns whose statistics are summed in single precision: whole panels at every level
+constexpr int64_t segment = 960;  // columns of a task: whole panels at every level
 
 // `count` rows of a matrix as a panel of the product over its columns.
 template <class Row>
@@ -44,6 +44,30 @@ void pack_across(const Matrix& m, Row&& row, int64_t first, int64_t count, int64
   if constexpr (sizeof(T) == 8) with(double{});
   else with_float_type(m.dtype, [&](auto s) { if constexpr (sizeof(s) <= 4) with(s); });
 }
+#if FASTRLHF_ISA_LEVEL == 3
+template <class Row>
+void pack_across(const Matrix& m, Row&& row, int64_t first, int64_t count, int64_t width, int64_t K, Pair* out) {
+  pack_panel_across([&](int64_t k) { return static_cast<const bf16*>(m.data) + m.offset(row(k)) + first; }, count, width, K, out);
+}
+#endif
+
+// The sum of column i of a panel of A, K of them.
+template <class T>
+double column_sum(const T* panel, int64_t i, int64_t K) {
+  double sum = 0;
+  for (int64_t k = 0; k < K; ++k) sum += panel[k * TileOf<T>::MR + i];
+  return sum;
+}
+#if FASTRLHF_ISA_LEVEL == 3
+double column_sum(const Pair* panel, int64_t i, int64_t K) {
+  double sum = 0;
+  for (int64_t k = 0; k < units_of<Pair>(K); ++k) {
+    const Pair p = panel[k * TileOf<float>::MR + i];
+    sum += bf16_to_float(static_cast<uint16_t>(p)) + bf16_to_float(static_cast<uint16_t>(p >> 16));
+  }
+  return sum;
+}
+#endif
 
 // The rows of a call that count, in panels, their hidden states packed.
 template <class T, class E>
@@ -118,26 +142,28 @@ template <class T, class E>
 void forward_block(const LinearArgs& a, const Block<T, E>& block) {
   constexpr int64_t MR = TileOf<T>::MR, NR = TileOf<T>::NR;
   const LogprobsArgs& r = a.row;
-  const int64_t K = r.labels_per_row, width = 3 + K, segments = panels_of(r.vocab, segment), padded = block.panels * NR;
+  const int64_t K = r.labels_per_row, segments = panels_of(r.vocab, segment), padded = block.panels * NR;
   const int64_t group = panels_in_cache<T, E>(a.width) * MR;
-  Scratch<T> parts(segments * width * padded, Uninitialized{});  // [segment][max, sum, weighted, label logits][row]
+  Scratch<T> highest(segments * (1 + K) * padded, Uninitialized{});  // [segment][max, label logits][row]
+  Scratch<double> sums(segments * 2 * padded, Uninitialized{});      // [segment][sum, weighted][row]
   Scratch<E> weights(r.threads * group * block.units, Uninitialized{});
   const Chunks chunks(block.panels, segments, r.threads);
 
   parallel_for(segments * chunks.count, r.threads, [&](int64_t task, int worker) {
     const int64_t s = task / chunks.count, first = chunks.first(task % chunks.count), last = chunks.last(task % chunks.count);
     const int64_t end = std::min(r.vocab, (s + 1) * segment);
-    T* part = parts.get() + s * width * padded;
-    for (int64_t i = 0; i < width; ++i)
-      std::fill(part + i * padded + first * NR, part + i * padded + last * NR, i == 1 || i == 2 ? T(0) : static_cast<T>(-INFINITY));
+    T* high = highest.get() + s * (1 + K) * padded;
+    double* sum = sums.get() + s * 2 * padded;
+    for (int64_t i = 0; i < 1 + K; ++i) std::fill(high + i * padded + first * NR, high + i * padded + last * NR, static_cast<T>(-INFINITY));
+    for (int64_t i = 0; i < 2; ++i) std::fill(sum + i * padded + first * NR, sum + i * padded + last * NR, 0.0);
     E* packed = weights.get() + worker * group * block.units;
     for (int64_t column = s * segment; column < end; column += group) {
       const int64_t columns = std::min(group, end - column);
       pack_weights<T>(a, column, columns, packed);
       multiply_group<T>(packed, panels_of(columns, MR), block.packed.get(), first, last, a.width, [&](int64_t p, T* tile) {
-        T* lane = part + p * NR;
-        finish_logits(a, block.panel[p], column, columns, tile, [&](int64_t j, int64_t k, T z) { lane[(3 + k) * padded + j] = z; });
-        fold(block.panel[p], columns, tile, Lanes<T>{lane, lane + padded, lane + 2 * padded});
+        T* lane = high + p * NR;
+        finish_logits(a, block.panel[p], column, columns, tile, [&](int64_t j, int64_t k, T z) { lane[(1 + k) * padded + j] = z; });
+        fold(block.panel[p], columns, tile, Lanes<T>{lane, sum + p * NR, sum + padded + p * NR});
         if (a.logits) std::copy(tile, tile + columns * NR, static_cast<T*>(a.logits) + (p * r.vocab + column) * NR);
       });
     }
@@ -147,9 +173,9 @@ void forward_block(const LinearArgs& a, const Block<T, E>& block) {
   parallel_for(block.panels, worthwhile(r.threads, segments * padded), [&](int64_t p, int worker) {
     T* z = label_logits.get() + worker * K;
     for (int64_t i = p * NR; i < p * NR + block.lanes(p); ++i) {
-      auto at = [&](int64_t s, int64_t j) {
-        const T x = parts[(s * width + j) * padded + i];
-        return j == 2 ? static_cast<T>(x * (1 / log2e)) : x;
+      auto at = [&](int64_t s, int64_t j) -> double {
+        if (j == 1 || j == 2) return sums[(s * 2 + j - 1) * padded + i] * (j == 2 ? 1 / log2e : 1.0);
+        return highest[(s * (1 + K) + (j == 0 ? 0 : j - 2)) * padded + i];
       };
       const int64_t row = block.rows[i];
       const double scale = scale_of(r, row);
@@ -168,7 +194,8 @@ void forward(const LinearArgs& a) {
   Scratch<int64_t> rows(r.rows, Uninitialized{});
   const int64_t count = counted_rows(r, rows.get(), [](int64_t) { return true; });
   if (r.kept_indptr) return sparse_forward<T>(a, rows.get(), count);
-  const int64_t parts = panels_of(r.vocab, segment) * (3 + r.labels_per_row) * static_cast<int64_t>(sizeof(T));
+  const int64_t values = static_cast<int64_t>(sizeof(T)) * (1 + r.labels_per_row) + 2 * static_cast<int64_t>(sizeof(double));
+  const int64_t parts = panels_of(r.vocab, segment) * values;
   const int64_t size = rows_at_once<T>(a, count, units_of<E>(a.width) * static_cast<int64_t>(sizeof(E)) + parts);
   for (int64_t begin = 0; begin < count; begin += size) {
     const Block<T, E> block(a, rows.get() + begin, std::min(size, count - begin), r.threads);
@@ -177,10 +204,10 @@ void forward(const LinearArgs& a) {
 }
 
 // A strip of `segment` columns at a time: its d logits for all the rows of the block, then what they add to the gradients.
-template <class T, class E>
+// G: how the products of d logits keep their operands.
+template <class T, class E, class G>
 class BackwardBlock {
   static constexpr int64_t MR = TileOf<T>::MR, NR = TileOf<T>::NR;
-  static constexpr int64_t strip_panels = segment / MR;
 
   const LinearBackwardArgs& b_;
   const LinearArgs& a_;
@@ -190,15 +217,17 @@ class BackwardBlock {
   const int64_t H_, width_panels_, hidden_panels_, group_;
   bool add_;
   Scratch<PanelGradient<T>> panel_gradients_;
-  Scratch<T> by_rows_;      // d logits as B, [panel of NR rows][column][NR]: summed over columns into grad_hidden
-  Scratch<T> by_columns_;   // d logits as A, [panel of MR columns][row][MR]: summed over rows into grad_weight
-  Scratch<T> hidden_;       // as B, [panel of NR of the width][row][NR]
+  Scratch<G> by_rows_;      // d logits as B, [panel of NR rows][unit of column][NR]: summed over columns into grad_hidden
+  Scratch<G> by_columns_;   // d logits as A, [panel of MR columns][unit of row][MR]: summed over rows into grad_weight
+  Scratch<G> hidden_;       // as B, [panel of NR of the width][unit of row][NR]
   Scratch<T> grad_hidden_;  // (width, rows of the block)
   Scratch<E> weights_;      // a worker's group of panels of A
-  Scratch<T> across_;       // a worker's group of panels of the strip's weights, transposed
+  Scratch<G> across_;       // a worker's group of panels of the strip's weights, transposed
   static constexpr int64_t across_group = 4;
 
   int64_t padded() const { return block_.panels * NR; }
+  int64_t row_units() const { return units_of<G>(block_.count); }
+  int64_t padded_units() const { return units_of<G>(padded()); }
   bool wants_hidden() const { return b_.grad_hidden != nullptr; }
   bool wants_weight() const { return b_.grad_weight != nullptr || b_.grad_bias != nullptr; }
 
@@ -206,14 +235,14 @@ class BackwardBlock {
   BackwardBlock(const LinearBackwardArgs& b, const Block<T, E>& block, bool add)
       : b_(b), a_(b.forward), r_(b.forward.row), block_(block), gradients_(b), H_(a_.width), width_panels_(panels_of(H_, MR)),
         hidden_panels_(panels_of(H_, NR)), group_(panels_in_cache<T, E>(H_) * MR), add_(add),
-        panel_gradients_(block.panels, Uninitialized{}), by_rows_(wants_hidden() ? segment * padded() : 0, Uninitialized{}),
-        by_columns_(wants_weight() ? segment * padded() : 0, Uninitialized{}),
-        hidden_(b.grad_weight ? hidden_panels_ * NR * block.count : 0, Uninitialized{}), grad_hidden_(wants_hidden() ? width_panels_ * MR * padded() : 0),
-        weights_(r_.threads * group_ * block.units, Uninitialized{}), across_(wants_hidden() ? r_.threads * across_group * MR * segment : 0, Uninitialized{}) {
+        panel_gradients_(block.panels, Uninitialized{}), by_rows_(wants_hidden() ? units_of<G>(segment) * padded() : 0, Uninitialized{}),
+        by_columns_(wants_weight() ? segment * padded_units() : 0, Uninitialized{}),
+        hidden_(b.grad_weight ? hidden_panels_ * NR * row_units() : 0, Uninitialized{}), grad_hidden_(wants_hidden() ? width_panels_ * MR * padded() : 0),
+        weights_(r_.threads * group_ * block.units, Uninitialized{}), across_(wants_hidden() ? r_.threads * across_group * MR * units_of<G>(segment) : 0, Uninitialized{}) {
     parallel_for(block.panels, r_.threads, [&](int64_t p, int) { panel_gradients_[p] = gradients_.of_panel(block.panel[p], block.lanes(p)); });
     if (b.grad_weight)
       parallel_for(hidden_panels_, r_.threads, [&](int64_t j, int) {
-        pack_across(a_.hidden, [&](int64_t k) { return block.rows[k]; }, j * NR, std::min(NR, H_ - j * NR), NR, block.count, hidden_.get() + j * NR * block.count);
+        pack_across(a_.hidden, [&](int64_t k) { return block.rows[k]; }, j * NR, std::min(NR, H_ - j * NR), NR, block.count, hidden_.get() + j * NR * row_units());
       });
   }
 
@@ -256,13 +285,10 @@ class BackwardBlock {
   void logit_gradient(int64_t strip, int64_t at, int64_t columns, int64_t p, T* tile) {
     gradient(a_, block_.panel[p], panel_gradients_[p], strip + at, columns, tile,
              [&](int64_t row, int64_t k) { return static_cast<T>(gradients_.at_label(row, k) * scale_of(r_, row)); });
-    if (wants_hidden()) std::copy(tile, tile + columns * NR, by_rows_.get() + (p * segment + at) * NR);
+    if (wants_hidden()) keep_as_rows(tile, columns, by_rows_.get() + units_of<G>(p * segment + at) * NR);
     if (!wants_weight()) return;
-    for (int64_t begin = 0; begin < columns; begin += MR) {
-      T* out = by_columns_.get() + (at + begin) * padded() + p * NR * MR;  // a panel of MR columns is MR * padded values
-      for (int64_t j = 0; j < block_.lanes(p); ++j)
-        for (int64_t i = 0; i < MR; ++i) out[j * MR + i] = begin + i < columns ? tile[(begin + i) * NR + j] : T(0);
-    }
+    for (int64_t begin = 0; begin < columns; begin += MR)  // a panel of MR columns is MR * padded_units
+      keep_as_columns(tile + begin * NR, std::min(MR, columns - begin), by_columns_.get() + (at + begin) * padded_units() + units_of<G>(p * NR) * MR);
   }
 
   void weight_gradients(int64_t strip, int64_t columns) {
@@ -271,10 +297,10 @@ class BackwardBlock {
       alignas(64) T tiles[at_once][MR * NR];
       const int64_t first = task * at_once, last = std::min(panels_of(columns, MR), first + at_once), step = 1024;
       for (int64_t j = 0; j < (b_.grad_weight ? hidden_panels_ : 0); ++j) {
-        for (int64_t k = 0; k < block_.count; k += step)
+        for (int64_t k = 0; k < row_units(); k += step)
           for (int64_t i = first; i < last; ++i)
-            multiply_panels(by_columns_.get() + i * MR * padded() + k * MR, hidden_.get() + (j * block_.count + k) * NR,
-                            std::min(step, block_.count - k), tiles[i - first], k > 0);
+            multiply_panels(by_columns_.get() + i * MR * padded_units() + k * MR, hidden_.get() + (j * row_units() + k) * NR,
+                            std::min(step, row_units() - k), tiles[i - first], k > 0);
         for (int64_t i = first * MR; i < std::min(columns, last * MR); ++i)
           write_values(b_.grad_weight, b_.grad_weight_dtype, (strip + i) * H_ + j * NR, tiles[i / MR - first] + i % MR * NR,
                        std::min(NR, H_ - j * NR), add_);
@@ -282,9 +308,7 @@ class BackwardBlock {
       if (!b_.grad_bias) return;
       for (int64_t i = first; i < last; ++i)
         for (int64_t c = 0; c < std::min(MR, columns - i * MR); ++c) {
-          const T* p = by_columns_.get() + i * MR * padded() + c;
-          double sum = 0;
-          for (int64_t k = 0; k < block_.count; ++k) sum += p[k * MR];
+          const double sum = column_sum(by_columns_.get() + i * MR * padded_units(), c, block_.count);
           T& out = static_cast<T*>(b_.grad_bias)[strip + i * MR + c];
           out = static_cast<T>(add_ ? out + sum : sum);
         }
@@ -295,15 +319,16 @@ class BackwardBlock {
     const int64_t groups = panels_of(width_panels_, across_group);
     const Chunks chunks(block_.panels, groups, r_.threads);
     parallel_for(groups * chunks.count, r_.threads, [&](int64_t task, int worker) {
-      T* packed = across_.get() + worker * across_group * MR * segment;
+      const int64_t units = units_of<G>(columns);
+      G* packed = across_.get() + worker * across_group * MR * units_of<G>(segment);
       const int64_t first = task / chunks.count * across_group, n = std::min(across_group, width_panels_ - first);
       for (int64_t i = 0; i < n; ++i)
         pack_across(a_.weight, [&](int64_t k) { return strip + k; }, (first + i) * MR, std::min(MR, H_ - (first + i) * MR), MR, columns,
-                    packed + i * MR * columns);
+                    packed + i * MR * units);
       alignas(64) T tile[MR * NR];
       for (int64_t p = chunks.first(task % chunks.count); p < chunks.last(task % chunks.count); ++p)
         for (int64_t i = 0; i < n; ++i) {
-          multiply_panels(packed + i * MR * columns, by_rows_.get() + p * segment * NR, columns, tile, false);
+          multiply_panels(packed + i * MR * units, by_rows_.get() + units_of<G>(p * segment) * NR, units, tile, false);
           for (int64_t h = 0; h < MR; ++h) {
             T* out = grad_hidden_.get() + ((first + i) * MR + h) * padded() + p * NR;
             for (int64_t j = 0; j < NR; ++j) out[j] += tile[h * NR + j];
@@ -335,7 +360,7 @@ void clear(const LinearBackwardArgs& b) {
   if (b.grad_bias) std::memset(b.grad_bias, 0, a.row.vocab * sizeof(T));
 }
 
-template <class T, class E>
+template <class T, class E, class G>
 void backward(const LinearBackwardArgs& b) {
   const LinearArgs& a = b.forward;
   const RowGradients<T> gradients(b);
@@ -352,7 +377,7 @@ void backward(const LinearBackwardArgs& b) {
   if (narrow) to.grad_weight = sums.get(), to.grad_weight_dtype = a.row.logits.dtype;
   for (int64_t begin = 0; begin < count; begin += size) {
     const Block<T, E> block(a, rows.get() + begin, std::min(size, count - begin), a.row.threads);
-    BackwardBlock<T, E>(to, block, b.accumulate || begin > 0).run();
+    BackwardBlock<T, E, G>(to, block, b.accumulate || begin > 0).run();
   }
   if (narrow)
     parallel_for(a.row.vocab, a.row.threads, [&](int64_t i, int) {
@@ -377,7 +402,11 @@ void linear_logprobs_forward(const LinearArgs& a) {
 }
 
 void linear_logprobs_backward(const LinearBackwardArgs& b) {
-  with_types(b.forward, [&](auto t, auto e) { backward<decltype(t), decltype(e)>(b); });
+  with_types(b.forward, [&](auto t, auto e) {
+    using T = decltype(t);
+    using E = decltype(e);
+    b.rounded ? backward<T, E, E>(b) : backward<T, E, T>(b);
+  });
 }
 
 }}  // namespace

@@ -57,7 +57,10 @@ inline void finish_logits(const LinearArgs& a, const RowPanel<T>& panel, int64_t
 
 // Statistics of the rows of a panel over some columns: arrays of lanes; `weighted` in units of the exponent of base 2.
 template <class T>
-struct Lanes { T *max, *sum, *weighted; };
+struct Lanes {
+  T* max;
+  double *sum, *weighted;
+};
 
 template <class T>
 inline void fold(const RowPanel<T>& panel, int64_t columns, const T* tile, const Lanes<T>& lanes) {
@@ -69,7 +72,7 @@ inline void fold(const RowPanel<T>& panel, int64_t columns, const T* tile, const
     V high = old;
     for (int64_t i = 0; i < columns; ++i) high = max(V::load(tile + i * NR + j), high);
     const V reference = select(high > low, high, zero);
-    V sum = zero, weighted = zero;
+    alignas(64) double sum[V::W] = {}, weighted[V::W] = {};
     for (int64_t begin = 0; begin < columns; begin += TileOf<T>::MR) {
       V s = zero, t = zero;
       for (int64_t i = begin; i < std::min(columns, begin + TileOf<T>::MR); ++i) {
@@ -77,14 +80,20 @@ inline void fold(const RowPanel<T>& panel, int64_t columns, const T* tile, const
         s = s + e;
         t = fma(e, max(floor_, u), t);
       }
-      sum = sum + s;
-      weighted = weighted + t;
+      accumulate(sum, s);
+      accumulate(weighted, t);
     }
-    const V shift = (old - reference) * c, factor = exp2(shift), before = V::load(lanes.sum + j);
-    const V moved = fma(before, max(floor_, shift), V::load(lanes.weighted + j)) * factor;
+    alignas(64) T shift[V::W], factor[V::W];
+    const V moved = (old - reference) * c;
+    max(floor_, moved).store(shift);
+    exp2(moved).store(factor);
     high.store(lanes.max + j);
-    fma(before, factor, sum).store(lanes.sum + j);
-    (select(factor > zero, moved, zero) + weighted).store(lanes.weighted + j);
+    double *all = lanes.sum + j, *all_weighted = lanes.weighted + j;
+    for (int64_t i = 0; i < V::W; ++i) {
+      const double before = (all_weighted[i] + all[i] * shift[i]) * factor[i];
+      all_weighted[i] = (factor[i] > 0 ? before : 0.0) + weighted[i];
+      all[i] = all[i] * factor[i] + sum[i];
+    }
   }
 }
 

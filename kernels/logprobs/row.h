@@ -57,7 +57,7 @@ inline RowStats<T> merged(At&& at, int64_t count, int64_t labels, double scale, 
   for (int64_t k = 0; k < labels; ++k) z[k] = static_cast<T>(-INFINITY);
   for (int64_t i = 0; i < count; ++i) {
     RowStats<T> one;
-    one.max = at(i, 0), one.sum = at(i, 1), one.weighted = at(i, 2);
+    one.max = static_cast<T>(at(i, 0)), one.sum = at(i, 1), one.weighted = at(i, 2);
     one.reference = one.max;
     if (one.max > all.max) {
       all.max = one.max;
@@ -68,7 +68,7 @@ inline RowStats<T> merged(At&& at, int64_t count, int64_t labels, double scale, 
     all.sum += one.sum;
     all.weighted += one.weighted;
     for (int64_t k = 0; k < labels; ++k)
-      if (!(at(i, 3 + k) <= z[k])) z[k] = at(i, 3 + k);
+      if (const T x = static_cast<T>(at(i, 3 + k)); !(x <= z[k])) z[k] = x;
   }
   return all;
 }

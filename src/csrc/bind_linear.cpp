@@ -27,8 +27,8 @@ void bind_linear(py::module_& m) {
   // grads: of logprobs, entropy, lse; outputs: (grad_hidden, grad_weight, its dtype, grad_bias): addresses or 0
   m.def("linear_logprobs_backward", [](const py::tuple& hidden, const py::tuple& weight, const py::tuple& bias, const py::tuple& sizes,
                                        const py::tuple& labels, const py::tuple& scaling, const py::tuple& kept, const py::tuple& results,
-                                       const py::tuple& grads, const py::tuple& outputs, bool accumulate, bool narrow_sums, uintptr_t logits,
-                                       int64_t workspace_bytes, int threads) {
+                                       const py::tuple& grads, const py::tuple& outputs, bool accumulate, bool narrow_sums, bool rounded,
+                                       uintptr_t logits, int64_t workspace_bytes, int threads) {
     LinearBackwardArgs b;
     b.forward = checked(linear_args(hidden, weight, bias, sizes, labels, scaling, kept, logits, workspace_bytes), labels, kept, threads);
     logprobs_outputs(b.forward.row, results, 0);
@@ -41,6 +41,7 @@ void bind_linear(py::module_& m) {
     b.grad_bias = pointer(outputs[3].cast<uintptr_t>());
     b.accumulate = accumulate;
     b.narrow_sums = narrow_sums;
+    b.rounded = rounded;
     py::gil_scoped_release release;
     linear_logprobs_backward(b);
   });

@@ -156,6 +156,23 @@ def test_offsets_of_the_logits_cost_nothing(backend):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=4e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_logits_cost_no_digits(backend, dtype):
+    """Logits up to 17 over a thousand products each: sums in single precision throughout are off by 3e-6 and more."""
+    if backend not in (None, "cpu"):
+        pytest.skip("sums of other kernels are in single precision")
+    errors = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        hidden, weight, _, labels = head(64, 8192, 1024, dtype, scale=3.3)
+        out = everything(hidden, weight, labels, backend)
+        exact = logprobs_reference.logprobs(hidden.double() @ weight.double().T, labels)
+        assert exact[0].min() > -32  # beyond it, float32 itself is off by 2e-6
+        errors.append([float((a.double() - b).abs().max()) for a, b in zip(out[:2], exact, strict=False)])
+    # inputs of 24 bits fill a run of 64 products; those of 8 do not
+    assert max(max(e) for e in errors) < (2e-6 if dtype == torch.bfloat16 else 2.5e-6), errors
+
+
 def test_minus_infinity_and_nan(backend):
     hidden, weight, bias, labels = head(6, 200, 16, torch.float32)
     bias[50:] = -torch.inf
@@ -190,6 +207,23 @@ def test_kept_sets(backend, dtype, softcap):
     a, b = (everything(hidden, weight, labels, backend, bias=bias, kept=kept) for kept in (mask, csr))
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("shape", [(33, 127, 65), (70, 1000, 300), (1, 961, 1)], ids=str)
+def test_rounded_gradients(backend, shape):
+    """d logits rounded to bfloat16, as the caller may allow: gradients carry 2^-9 of the terms they are summed from."""
+    hidden, weight, bias, labels = head(*shape, torch.bfloat16)
+    leaves, outs = [], []
+    for rounded in (torch.float32, torch.bfloat16):
+        leaf = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+        outs.append(everything(leaf[0], leaf[1], labels, backend, bias=leaf[2], workspace_dtype=rounded))
+        (outs[-1].logprobs.sum() + 0.1 * outs[-1].entropy.sum()).backward()
+        leaves.append(leaf)
+    for a, b in zip(*outs, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(*leaves, strict=True):
+        a, b = a.grad.double(), b.grad.double()
+        assert float((a - b).norm()) < 2**-7 * float(a.norm())
 
 
 def test_several_labels_a_row(backend):

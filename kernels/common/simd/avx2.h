@@ -77,6 +77,12 @@ inline F32 scale2(F32 p, F32 n) {
   return select(n < low, p * F32::set(0.f), power2(power2(p, c1), c - c1));
 }
 
+// sums[lane] += x[lane], in double precision
+inline void accumulate(double* sums, F32 x) {
+  _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), _mm256_cvtps_pd(_mm256_castps256_ps128(x.r))));
+  _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), _mm256_cvtps_pd(_mm256_extractf128_ps(x.r, 1))));
+}
+
 inline F32 load_bf16(const uint16_t* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(
       _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))};

@@ -50,6 +50,12 @@ struct F32 {
 inline F32 round(F32 x) { return {_mm512_roundscale_ps(x.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline F32 scale2(F32 p, F32 n) { return {_mm512_scalef_ps(p.r, n.r)}; }
 
+// sums[lane] += x[lane], in double precision
+inline void accumulate(double* sums, F32 x) {
+  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_cvtps_pd(_mm512_castps512_ps256(x.r))));
+  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.r, 1))));
+}
+
 inline F32 load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};

@@ -78,6 +78,12 @@ struct Portable {
   }
 };
 
+// sums[lane] += x[lane], in double precision
+template <class T, int Lanes>
+inline void accumulate(double* sums, Portable<T, Lanes> x) {
+  for (int i = 0; i < Lanes; ++i) sums[i] += static_cast<double>(x.r[i]);
+}
+
 template <int Lanes>
 inline Portable<float, Lanes> round(Portable<float, Lanes> x) {  // |x| < 2^22
   const auto magic = Portable<float, Lanes>::set(12582912.f);

@@ -54,9 +54,9 @@ def linear_logprobs(
             copied to it, as for any column-parallel layer.
         workspace_bytes: for packed operands and tiles; more only where one panel needs it.
         weight_grad_dtype: what the weight's gradient is summed in, where it is summed in parts; it arrives in weight's dtype.
-        workspace_dtype: what the logits' gradient is rounded to before it is multiplied. bfloat16, with bfloat16 inputs on a
-            GPU, takes half the time of float32 there, at the price of gradients that carry the rounding of their terms (of 2^-9
-            each) beside their own. The CPU always multiplies float32.
+        workspace_dtype: what the logits' gradient is rounded to before it is multiplied. bfloat16, with bfloat16 inputs, takes
+            half the time of float32 there, at the price of gradients that carry the rounding of their terms (of 2^-9 each)
+            beside their own. A CPU without AVX-512-BF16 multiplies float32 all the same.
         backend: "cuda", "triton", "cpu" or "reference"; None chooses.
 
     Returns:
@@ -274,7 +274,7 @@ def gradients(
         outputs = (address(hidden), address(weight), DTYPES[call.weight.dtype], address(bias))
         extension().linear_logprobs_backward(
             *call.native(), (0, *(address(t) for t in results[1:])), tuple(address(g) for g in grads_), outputs, False,
-            call.narrow, 0, call.workspace_bytes, threads(),
+            call.narrow, call.rounded, 0, call.workspace_bytes, threads(),
         )  # fmt: skip
     else:
         hidden, weight, bias = (

@@ -311,7 +311,7 @@ class _Sums:
             outputs = (address(hidden), address(self.weight), DTYPES[weight.dtype], address(self.bias))
             extension().linear_logprobs_backward(
                 *call.native(), (0, *(address(t) for t in results[1:])), tuple(address(g) for g in grads), outputs, True, True,
-                address(logits), call.workspace_bytes, threads(),
+                call.rounded, address(logits), call.workspace_bytes, threads(),
             )  # fmt: skip
         else:
             if self.hidden is not None:
