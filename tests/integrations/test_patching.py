@@ -10,9 +10,9 @@ import pytest
 import torch
 from fastrlhf import integrations
 from fastrlhf.integrations import patching
-from fastrlhf.integrations.agreement import Disagreement, compare
+from fastrlhf.integrations.agreement import Disagreement, HostFailed, compare
 from fastrlhf.integrations.imports import watch
-from fastrlhf.integrations.seam import Call, Sizes, decline
+from fastrlhf.integrations.seam import Call, Seam, Sizes, decline
 
 from .conftest import SEAMS
 
@@ -199,3 +199,61 @@ def test_errors_must_agree():
 
 def test_sizes_are_small_by_default():
     assert Sizes().rows * Sizes().length * Sizes().vocab < 10_000
+
+
+def a_seam(calls) -> Seam:
+    return Seam("toyhost.functions", "logprobs", lambda held: held, lambda sizes: calls(sizes), "logprobs")
+
+
+def test_calls_with_arguments_that_a_version_lacks_are_left_out():
+    x = torch.ones(3)
+
+    def calls(sizes):
+        yield Call("plain", (x,))
+        yield Call("scaled", (x,), {"scale": 2.0})
+        yield Call("two", (x, x))
+        yield Call("as it was", (x,), without=("scale",))
+
+    def older(x):
+        return x
+
+    def newer(x, scale=1.0):
+        return x * scale
+
+    assert [c.name for c in a_seam(calls).calls_of(older, Sizes())] == ["plain", "as it was"]
+    assert [c.name for c in a_seam(calls).calls_of(newer, Sizes())] == ["plain", "scaled", "two"]
+    assert [c.name for c in a_seam(calls).calls_of(max, Sizes())][:3] == ["plain", "scaled", "two"]  # shows no signature
+
+
+def test_what_a_version_lacks_is_not_compared():
+    def host(x):
+        raise NotImplementedError("later")
+
+    call = Call("newer", (torch.ones(3),), lacks=NotImplementedError)
+    assert compare(host, lambda x: x * 2, call).error == 0.0
+    with pytest.raises(Disagreement, match="ours is not finite"):
+        compare(host, lambda x: x * torch.nan, call)
+    with pytest.raises(HostFailed, match="newer: the host's function raised NotImplementedError: later"):
+        compare(host, lambda x: x, dataclasses.replace(call, lacks=ValueError))
+    assert compare(lambda x: x, lambda x: x, call).error == 0.0
+    with pytest.raises(Disagreement, match="error"):
+        compare(lambda x: x, lambda x: x * 2, call)
+
+
+def test_a_function_that_needs_another_device_is_compared_there(monkeypatch):
+    seen = []
+
+    def host(x):
+        seen.append("host")
+        if len(seen) == 1:
+            raise RuntimeError("0 active drivers")
+        return x
+
+    seam = a_seam(lambda sizes: [Call("plain", (torch.ones(3, device=sizes.device),))])
+    with pytest.raises(HostFailed, match="0 active drivers"):
+        patching.verified(seam, host, lambda x: x)
+    seen.clear()
+    monkeypatch.setattr(patching, "devices", lambda: ["cpu", "cpu"])
+    assert patching.verified(seam, host, lambda x: x) == 0.0
+    with pytest.raises(Disagreement, match="result"):
+        patching.verified(seam, host, lambda x: x + 1)

@@ -53,7 +53,8 @@ def test_the_linear_seam_around_any_op(sizes, monkeypatch):
     monkeypatch.setattr(trl_linear, "obstacle", lambda *_: None)
     theirs = utils._ChunkedLogProbFunction
     ours = trl_linear.chunked_logprobs(theirs)
-    for call in trl_linear.chunked_logprobs_calls(sizes):
+    (seam,) = [s for s in HOST.seams if s.attribute == "_ChunkedLogProbFunction"]
+    for call in seam.calls_of(theirs, sizes):
         assert not compare(theirs.apply, ours.apply, call).declined
 
 

@@ -23,6 +23,10 @@ class Disagreement(Exception):
     """A replacement does not do what the host's function does."""
 
 
+class HostFailed(Disagreement):
+    """The host's own function does not run."""
+
+
 class _TooFar(Disagreement):
     """Values of one result differ by more than the tolerance."""
 
@@ -57,7 +61,7 @@ def _compare_call(original: Function, replacement: Function, call: Call) -> Agre
         ours = _run(replacement, call)
     finally:
         torch.set_rng_state(torch_state)
-    if call.differs is not None:
+    if call.differs is not None or (call.lacks is not None and isinstance(theirs, call.lacks)):
         if isinstance(ours, Exception):
             raise Disagreement(f"{call.name}: ours raised {type(ours).__name__}: {ours}")
         if not all(bool(torch.isfinite(t).all()) for t in tensors(ours) if t.is_floating_point()):
@@ -225,6 +229,8 @@ def _compare(ours: Any, theirs: Any, path: str, call: Call) -> float:
 
 def _compare_errors(theirs: Any, ours: Any, call: Call) -> Agreement:
     expected = call.raises or type(theirs)
+    if call.raises is None and isinstance(theirs, Exception) and not isinstance(ours, Exception):
+        raise HostFailed(f"{call.name}: the host's function raised {type(theirs).__name__}: {theirs}")
     for name, got in (("the host", theirs), ("ours", ours)):
         if not isinstance(got, expected):
             what = f"raised {type(got).__name__}: {got}" if isinstance(got, Exception) else "raised nothing"

@@ -13,7 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
-from .agreement import Disagreement, compare
+import torch
+
+from .agreement import Disagreement, HostFailed, compare
 from .imports import Callback, watch
 from .report import LIVE, NOT_LIVE, WAITING, Report, Status
 from .seam import Entry, Host, Seam, Sizes, logger
@@ -202,13 +204,27 @@ def _replace(host: Host, seam: Seam, module: ModuleType, known: bool) -> Applied
     return Applied(Status(seam.name, seam.op, LIVE, note, len(places), error), replacement, original, places)
 
 
+def devices() -> list[str]:
+    """Where seams are compared, in turn: some functions of hosts run on a GPU alone."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
 def verified(seam: Seam, original: Any, replacement: Any) -> float:
-    """The largest difference in the seam's calls on small inputs on the CPU; of calls that neither the host rounds nor ours
-    leaves to it."""
-    assert seam.calls is not None
+    """The largest difference in the seam's calls on small inputs on the first device where the host's function runs; of calls
+    that neither the host rounds nor ours leaves to it."""
+    *others, last = devices()
+    for device in others:
+        try:
+            return _verified(seam, original, replacement, Sizes(device=device))
+        except HostFailed:
+            continue
+    return _verified(seam, original, replacement, Sizes(device=last))
+
+
+def _verified(seam: Seam, original: Any, replacement: Any, sizes: Sizes) -> float:
     theirs, ours = seam.function(original), seam.function(replacement)
     errors = []
-    for call in seam.calls(Sizes()):
+    for call in seam.calls_of(original, sizes):
         found = compare(theirs, ours, call)
         if not found.declined and (call.tolerance or 0) <= 1e-3:
             errors.append(found.error)

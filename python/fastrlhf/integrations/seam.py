@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ class Call:
         raises: what both functions must raise.
         tolerance: relative and absolute, over the dtype's own; for results that the host rounds on the way.
         differs: why the host's result is wrong here: ours must be finite, the host's is not looked at.
+        lacks: what versions of the host that do not have this raise: then ours must be finite.
+        without: arguments that the host's function does not have in the versions that this call is for.
         definition: what the host's function computes, for where it does not run in float64 itself.
     """
 
@@ -49,6 +52,8 @@ class Call:
     raises: type[Exception] | tuple[type[Exception], ...] | None = None
     tolerance: float | None = None
     differs: str | None = None
+    lacks: type[Exception] | None = None
+    without: tuple[str, ...] = ()
     definition: Callable[..., Any] | None = None
 
 
@@ -70,6 +75,7 @@ class Seam:
         on_import: patched when the host imports the module; our import of it would cost time or fail.
         unverified: why `calls` is None.
         function: how to call what the attribute holds: ``cls.apply`` of an autograd function, a method of a bare instance.
+        signature: of that, where it does not show it itself. Calls with arguments that this version lacks are left out.
     """
 
     module: str
@@ -81,6 +87,23 @@ class Seam:
     on_import: bool = False
     unverified: str = ""
     function: Callable[[Any], Function] = lambda held: held
+    signature: Callable[[Any], inspect.Signature] | None = None
+
+    def calls_of(self, original: Any, sizes: Sizes) -> Iterator[Call]:
+        """The calls that this version of the host's function takes."""
+        assert self.calls is not None
+        try:
+            signature = self.signature(original) if self.signature else inspect.signature(self.function(original))
+        except (TypeError, ValueError):  # a builtin
+            yield from self.calls(sizes)
+            return
+        for call in self.calls(sizes):
+            try:
+                signature.bind(*call.args, **call.kwargs)
+            except TypeError:
+                continue
+            if not any(name in signature.parameters for name in call.without):
+                yield call
 
     @property
     def name(self) -> str:

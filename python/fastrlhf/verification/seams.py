@@ -47,7 +47,7 @@ def check_seams(host: Host, sizes: Sizes, *, measure: bool) -> Iterator[Result |
         theirs, ours = seam.function(original), seam.function(replacement)
         first: Call | None = None
         for where in (Sizes(), sizes):
-            for call in seam.calls(where):
+            for call in seam.calls_of(original, where):
                 yield _check(seam, call, theirs, ours, where)
                 if where is sizes and first is None and call.differs is None and call.raises is None:
                     first = call

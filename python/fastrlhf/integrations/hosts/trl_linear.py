@@ -1,7 +1,8 @@
-"""TRL's log-probs from hidden states (1.15 on: every stable trainer's), and the metrics that it takes from the same tiles."""
+"""TRL's log-probs from hidden states (from 1.15 every stable trainer's), and the metrics that it takes from the same tiles."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,11 +16,20 @@ from .inputs import inputs
 
 TILE = 64 << 20  # bytes of logits at a time, for the rows of which neither probability nor entropy says whether they are top
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Outputs = tuple[Tensor | None, ...]
+
+
+def signature(original: Any) -> inspect.Signature:
+    """Of the autograd function's `apply`."""
+    if not hasattr(original, "forward"):
+        return inspect.signature(original.apply)
+    whole = inspect.signature(original.forward)
+    return whole.replace(parameters=list(whole.parameters.values())[1:])
 
 
 def chunked_logprobs(original: Any) -> Any:
-    """In the place of the autograd function: a class with its `apply`."""
+    """In the place of the autograd function: a class with its `apply`. Before 1.15 it gave log-probs and entropy alone."""
+    chooses = "outputs" in signature(original).parameters
 
     class ChunkedLogProb:
         __fastrlhf__ = True
@@ -29,13 +39,15 @@ def chunked_logprobs(original: Any) -> Any:
             hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk_size: int,
             final_logit_softcapping: float | None = None, logit_scale: float = 1.0, outputs: tuple[str, ...] = OUTPUTS,
         ) -> Outputs:  # fmt: skip
+            if not chooses:
+                outputs = ("entropy",)
             reason = _obstacle(hidden, weight, temperature, final_logit_softcapping, logit_scale, outputs)
             if reason is not None:
                 decline("trl _ChunkedLogProbFunction", reason)
-                return original.apply(
-                    hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
-                )
-            return _from_hidden(hidden, weight, bias, targets, temperature, final_logit_softcapping, logit_scale, outputs)
+                given = (hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale)
+                return original.apply(*given, outputs) if chooses else original.apply(*given)
+            out = _from_hidden(hidden, weight, bias, targets, temperature, final_logit_softcapping, logit_scale, outputs)
+            return out if chooses else out[:2]
 
     ChunkedLogProb.__name__ = ChunkedLogProb.__qualname__ = original.__name__
     ChunkedLogProb.__module__ = original.__module__
@@ -119,6 +131,8 @@ def chunked_logprobs_calls(sizes: Sizes) -> Iterator[Call]:
     tight = 0.2 if half else 1e-4
     both = ("log_probs", "entropy")
     yield Call("plain", (h, w, None, y, 1.0, 32, None, 1.0, both), grads=(0, 1), tolerance=tight)
+    older = (h, w, b, y, 0.9, 32, 5.0, 0.6)
+    yield Call("both, before 1.15", older, grads=(0, 1, 2), tolerance=tight, without=("outputs",))
     yield Call("bias, temperature", (h, w, b, y, 0.7, 32, None, 1.0, both), grads=(0, 1, 2), tolerance=tight)
     yield Call("soft cap, scale", (h, w, None, y, 0.9, 32, 5.0, 0.6, both), grads=(0, 1), tolerance=tight)
     yield Call("log-probs alone", (h, w, None, y, 1.0, 32, None, 1.0, ("log_probs",)), grads=(0, 1), tolerance=tight)

@@ -15,6 +15,7 @@ from .inputs import inputs
 
 def fused_linear(original: Any) -> Any:
     """In the place of the autograd function: a class with its `apply`."""
+    rounds = _rounds(original)
 
     class FusedLinear:
         __fastrlhf__ = True
@@ -31,11 +32,19 @@ def fused_linear(original: Any) -> Any:
                 return original.apply(hidden_states, vocab_weights, input_ids, temperature, chunk_size)
             out = ops.linear_logprobs(hidden_states, vocab_weights, input_ids, temperature=temperature, entropy=True)
             assert out.entropy is not None
-            return out.logprobs.float(), out.entropy.to(hidden_states.dtype)
+            dtype = hidden_states.dtype
+            return out.logprobs.to(dtype if rounds else torch.float32), out.entropy.to(dtype)
 
     FusedLinear.__name__ = FusedLinear.__qualname__ = original.__name__
     FusedLinear.__module__ = original.__module__
     return FusedLinear
+
+
+@torch.no_grad()
+def _rounds(original: Any) -> bool:
+    """Whether log-probs come in the dtype of the hidden states: before 0.8."""
+    x = torch.zeros(1, 2, dtype=torch.bfloat16)
+    return bool(original.apply(x, x, torch.zeros(1, dtype=torch.long))[0].dtype == torch.bfloat16)
 
 
 def fused_linear_calls(sizes: Sizes) -> Iterator[Call]:

@@ -50,10 +50,12 @@ def value_loss(original: Any) -> Any:
             reason = "returns or values with a gradient"
         if reason is not None:
             decline("verl compute_value_loss", reason)
-            return original(
-                vpreds, returns, values, response_mask, cliprange_value, loss_agg_mode, dp_size, batch_num_tokens,
-                global_batch_size, loss_scale_factor,
-            )  # fmt: skip
+            counts = {
+                "dp_size": dp_size, "batch_num_tokens": batch_num_tokens, "global_batch_size": global_batch_size,
+                "loss_scale_factor": loss_scale_factor,
+            }  # fmt: skip
+            given = {k: v for k, v in counts.items() if v is not None and (k, v) != ("dp_size", 1)}  # 0.7 and 0.8 have none
+            return original(vpreds, returns, values, response_mask, cliprange_value, loss_agg_mode, **given)
         check_counts(loss_agg_mode, dp_size, batch_num_tokens, global_batch_size)
         width = response_mask.shape[-1]
         over = semantics.denominator(loss_agg_mode, width, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
@@ -81,7 +83,9 @@ def value_loss_calls(sizes: Sizes) -> Iterator[Call]:
                 m = make.mask(dtype)
                 if len(m) > 2:
                     m[1] = 0
-                yield Call(f"{mode}, {name}, {dtype} mask", (v, r, old, m, 0.2), {"loss_agg_mode": mode, **options}, grads=(0,))
+                lacks = ValueError if mode == "token-sum" else None  # 0.7, 0.8
+                options = {"loss_agg_mode": mode, **options}
+                yield Call(f"{mode}, {name}, {dtype} mask", (v, r, old, m, 0.2), options, grads=(0,), lacks=lacks)
     m = make.mask()
     yield Call("no global count over two ranks", (v, r, old, m, 0.2), {"dp_size": 2}, raises=ValueError)
     if sizes.dtype == torch.float32:
