@@ -79,6 +79,8 @@ $(VENV)/.peers: $(VENV)/.installed
 	$(PIP) install verl uvicorn fastapi cachetools pyzmq msgspec
 	$(PIP) install trl
 	$(PIP) install --no-deps --target $(VENV)/openrlhf openrlhf==0.11.2  # beside the environment: it has a package "tests"
+	for host in trl-1.13.0 trl-1.14.2 trl-1.15.0 verl-0.7.1 verl-0.8.0; do \
+	  $(PIP) install --no-deps --target $(VENV)/hosts/$$host $${host%-*}==$${host#*-} || exit 1; done
 	touch $@
 
 # Training runs of TRL and verl as they are and with ours in their place: the same metrics?
