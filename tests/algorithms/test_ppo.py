@@ -204,7 +204,7 @@ def test_the_kl_in_the_loss(on_policy: Callable[..., list[str]]) -> None:
 
 def test_lora_trains_against_its_own_base(on_policy: Callable[..., list[str]], tmp_path: Path) -> None:
     algorithm = ppo(on_policy("--model.lora.rank", "4", "--update.optimizer.lr", "1e-2", "--update.epochs", "2"))
-    assert algorithm.policy.reference is None
+    assert algorithm.policy.reference is not None and algorithm.policy.reference.copy is None
     base = {n: p.clone() for n, p in algorithm.policy.model.named_parameters() if not p.requires_grad}
     first, second = algorithm.step(1, Silent()), algorithm.step(2, Silent())
     assert first["kl"] == 0 and second["kl"] != 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastrlhf.algorithms.dpo import DPO, DPOConfig
 from fastrlhf.algorithms.grpo import GroupRelative, GRPOConfig
 from fastrlhf.algorithms.ppo import PPO, PPOConfig
 from fastrlhf.algorithms.reward import RewardConfig, RewardTraining
@@ -153,8 +154,8 @@ def compare(name: str, found: list[Any], expected: list[dict[str, Any]]) -> None
 
 
 def others(rank: int, model: str, data: dict[str, str], layouts: list[dict[str, Any]]) -> list[list[dict[str, float]]]:
-    """Three steps of GRPO, with a reward model beside a function, and of reward training, and its evaluation."""
-    return [[*grpo(model, data, options), *reward(model, data, options)] for options in layouts]
+    """Three steps of GRPO, with a reward model beside a function, and of reward training and DPO, and their evaluation."""
+    return [[*grpo(model, data, options), *pairs(model, data, options)] for options in layouts]
 
 
 def grpo(model: str, data: dict[str, str], options: dict[str, Any]) -> list[dict[str, float]]:
@@ -171,24 +172,27 @@ def grpo(model: str, data: dict[str, str], options: dict[str, Any]) -> list[dict
     return [*out, numbers(algorithm.evaluate(Silent()))]
 
 
-def reward(model: str, data: dict[str, str], options: dict[str, Any]) -> list[dict[str, float]]:
-    algorithm = RewardTraining(load(RewardConfig, None, [
+def pairs(model: str, data: dict[str, str], options: dict[str, Any]) -> list[dict[str, float]]:
+    words = [
         "--run.directory", "unused", "--model.path", model, "--data.path", data["pairs"], "--batch_size", "5", "--steps", "3",
         "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-4", "--optimizer.warmup_steps", "0", "--micro_batch_tokens", "60",
         "--data.held_out_share", "0.2", *parallel_words(options),
-    ]))  # fmt: skip
-    out = [numbers(algorithm.step(step, Silent())) for step in (1, 2, 3)]
-    return [*out, numbers(algorithm.evaluate(Silent()))]
+    ]  # fmt: skip
+    out = []
+    for algorithm in (RewardTraining(load(RewardConfig, None, words)), DPO(load(DPOConfig, None, words))):
+        out += [numbers(algorithm.step(step, Silent())) for step in (1, 2, 3)]
+        out.append(numbers(algorithm.evaluate(Silent())))
+    return out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_grpo_and_reward_models_are_those_of_one_process(files: tuple[str, dict[str, str]], world: int, tmp_path: Path) -> None:
+def test_grpo_reward_models_and_dpo_are_those_of_one_process(files: tuple[str, dict[str, str]], world: int, tmp_path: Path) -> None:
     model, data = files
     save_scalar_model(load_scalar_model(model, seed=5), tmp_path / "rm", tokenizer=load_tokenizer(model))
     data = data | {"reward model": str(tmp_path / "rm")}
     layouts = {name: options for name, (size, options) in LAYOUTS.items() if size == world}
-    expected = [*grpo(model, data, {}), *reward(model, data, {})]
+    expected = [*grpo(model, data, {}), *pairs(model, data, {})]
     found = spawn(world, others, model, data, list(layouts.values()))
     for i, name in enumerate(layouts):
         for rank in range(world):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import REQUIRED, option, section
-from ..data import Preference, PreferenceDataset, PreferenceStream, Rows, open_rows, split
+from ..config import option, section
+from ..data import Preference
 from ..errors import ConfigError
 from ..models import Packed, ScalarModel, load_scalar_model, save_scalar_model
 from ..models.placement import device_of, dtype_of
@@ -23,26 +23,11 @@ from ..training.layout import Layout, ParallelConfig
 from ..training.loop import RunConfig
 from ..training.metrics import Value
 from ..training.optim import OptimizerConfig
+from ..training.pairs import PreferenceConfig, margins_of, open_pairs
 from ..training.passes import assembled, run
 from ..training.policy import ModelConfig, load_matching_tokenizer
 from ..training.progress import Progress
 from ..training.supervised import Supervised
-
-
-@dataclass
-class PreferenceConfig:
-    """Pairs {"prompt", "chosen", "rejected"}, or HH-RLHF's own form: JSONL (.gz), Parquet, a saved dataset or hf:name."""
-
-    path: str = option(REQUIRED, "File, several separated by commas, or dataset.")
-    held_out: str | None = option(None, "The same, to evaluate on; null evaluates nothing.")
-    held_out_limit: int | None = option(None, "Evaluate on the first so many of `held_out`.", low=1)
-    held_out_share: float = option(0.0, "Share of `path` to hold out instead, the same for the same seed.", low=0, high=0.9)
-    prompt_field: str = option("prompt", "Field with the prompt.")
-    prompt_template: str | None = option(None, 'Builds the prompt from fields instead, as "Question: {question}\\nAnswer:".')
-    margin_field: str = option("margin", "Field with the margin, where there is one.")
-    max_tokens: int = option(1024, "Of the prompt with its longer completion.", low=1)
-    overlong: str = option("skip", "skip counts them, error stops, truncate cuts.", choices=("skip", "error", "truncate"))
-    invalid: str = option("error", "An empty completion, or sides that share no prompt.", choices=("error", "skip"))
 
 
 @dataclass
@@ -78,31 +63,10 @@ class RewardTraining(Supervised[Preference]):
         model.decoder.checkpoint_activations = config.model.checkpoint_activations
         self.tokenizer = load_matching_tokenizer(config.model.path, model.decoder)
         context = model.decoder.config.max_position_embeddings
-        train, rest = self._rows()
-        held_out = None if rest is None else self._dataset(rest, context)
-        stream = PreferenceStream(self._dataset(train, context), config.run.seed)
+        stream, held_out = open_pairs(config.data, self.tokenizer, context, config.run.seed)
         super().__init__(
             model, stream, held_out, config.optimizer, steps=config.steps, batch_size=config.batch_size,
             groups=parallel.groups,
-        )  # fmt: skip
-
-    def _rows(self) -> tuple[Rows, Rows | None]:
-        data = self.config.data
-        rows = open_rows(data.path.split(","))
-        if data.held_out is not None and data.held_out_share:
-            raise ConfigError("data.held_out_share: expected 0 beside data.held_out; one of them says what is held out")
-        if data.held_out is not None:
-            return rows, open_rows(data.held_out.split(","), limit=data.held_out_limit)
-        if not data.held_out_share:
-            return rows, None
-        return split(rows, data.held_out_share, self.config.run.seed)
-
-    def _dataset(self, rows: Rows, context: int) -> PreferenceDataset:
-        data = self.config.data
-        return PreferenceDataset(
-            rows, self.tokenizer, max_tokens=min(data.max_tokens, context),
-            prompt_field=data.prompt_field, prompt_template=data.prompt_template, margin_field=data.margin_field,
-            overlong=data.overlong, invalid=data.invalid,
         )  # fmt: skip
 
     def accumulate(self, examples: Sequence[Preference]) -> dict[str, float]:
@@ -119,7 +83,7 @@ class RewardTraining(Supervised[Preference]):
             group, (_, pack) = members[i], inputs[i]
             ends = hidden[pack.cu_seqlens[1:] - 1]
             chosen, rejected = self.model.of_hidden(ends).split(len(group))
-            margins = None if self.config.loss == "bt" else torch.tensor([self._margin(examples[i]) for i in group])
+            margins = None if self.config.loss == "bt" else margins_of([examples[i] for i in group], self.stream, self.config.loss)
             out = reward_loss(
                 chosen, rejected, None if margins is None else margins.to(self.device), kind=self.config.loss,
                 denominator=float(len(examples)),
@@ -138,12 +102,6 @@ class RewardTraining(Supervised[Preference]):
         }  # fmt: skip
         self.rewards = rewards
         return metrics
-
-    def _margin(self, pair: Preference) -> float:
-        if pair.margin is None:
-            where = self.stream.dataset.rows.name
-            raise ConfigError(f"loss: {self.config.loss} needs a margin with every pair; row {pair.index} of {where} has none")
-        return pair.margin
 
     def length(self, example: Preference) -> int:
         return 2 * len(example.prompt) + len(example.chosen) + len(example.rejected)

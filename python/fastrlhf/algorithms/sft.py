@@ -62,7 +62,7 @@ class SFT(Supervised[Conversation]):
     def __init__(self, config: SFTConfig) -> None:
         self.config = config
         parallel = Layout.create(config.parallel)
-        model, self.device, _ = load_model(config.model, config.run.seed, parallel)
+        model, self.device = load_model(config.model, config.run.seed, parallel)
         self.tokenizer = load_matching_tokenizer(config.model.path, model)
         context = model.config.max_position_embeddings
         data = config.data

@@ -20,7 +20,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("train a model: sft, reward, ppo, grpo, rloo", "fastrlhf.cli.train:main"),
+    "train": Command("train a model: sft, reward, dpo, ppo, grpo, rloo", "fastrlhf.cli.train:main"),
     "chain": Command("run several of these one after another, as SFT, reward model and PPO", "fastrlhf.cli.chain:main"),
     "plan": Command("which tp x pp x dp of a model fit on so many GPUs, computed", "fastrlhf.cli.plan:main"),
     "generate": Command("sample completions from a model", "fastrlhf.cli.generate:main"),

@@ -1,4 +1,4 @@
-"""`fastrlhf train {sft,reward,ppo,grpo,rloo} --config file.yaml --any.key value`."""
+"""`fastrlhf train {sft,reward,dpo,ppo,grpo,rloo} --config file.yaml --any.key value`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "sft": Recipe("sft", "SFTConfig", "SFT", "supervised fine-tuning on conversations"),
     "reward": Recipe("reward", "RewardConfig", "RewardTraining", "a reward model from preference pairs"),
+    "dpo": Recipe("dpo", "DPOConfig", "DPO", "direct preference optimization, and other losses on preference pairs"),
     "ppo": Recipe("ppo", "PPOConfig", "PPO", "proximal policy optimization with a critic"),
     "grpo": Recipe("grpo", "GRPOConfig", "GroupRelative", "group-relative policy optimization"),
     "rloo": Recipe("rloo", "RLOOConfig", "RLOO", "REINFORCE leave-one-out"),

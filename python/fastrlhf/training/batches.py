@@ -65,20 +65,23 @@ def micro_batches(
     sequences: Sequences, members: Sequence[int], max_tokens: int, device: torch.device, groups: ParallelGroups | None = None
 ) -> Iterator[MicroBatch]:
     """Those of the members that are this dp rank's, as `own_groups` has them."""
-    offsets = sequences.offsets
     lengths = [len(sequences.tokens[m]) for m in members]
     for group in own_groups(lengths, max_tokens, groups):
-        chosen = sorted(members[i] for i in group)
-        tokens, pack = Packed.of([sequences.tokens[m] for m in chosen], device)
-        whole = [len(sequences.tokens[m]) for m in chosen]
-        prompts = torch.tensor([sequences.prompt_lengths[m] for m in chosen])
-        counts = torch.tensor(whole) - prompts
-        cu = offsets_of(counts.tolist())
-        within = torch.arange(int(cu[-1])) - torch.repeat_interleave(cu[:-1], counts)
-        starts = offsets_of(whole)[:-1] + prompts - 1
-        at = (torch.repeat_interleave(starts, counts) + within).to(device)
-        rows = torch.repeat_interleave(offsets[torch.tensor(chosen)], counts) + within
-        yield MicroBatch(chosen, tokens, pack, at, tokens[at + 1], rows.to(device), cu.to(device))
+        yield micro_batch(sequences, sorted(members[i] for i in group), device)
+
+
+def micro_batch(sequences: Sequences, members: list[int], device: torch.device) -> MicroBatch:
+    """These of the sequences, in this order."""
+    tokens, pack = Packed.of([sequences.tokens[m] for m in members], device)
+    whole = [len(sequences.tokens[m]) for m in members]
+    prompts = torch.tensor([sequences.prompt_lengths[m] for m in members])
+    counts = torch.tensor(whole) - prompts
+    cu = offsets_of(counts.tolist())
+    within = torch.arange(int(cu[-1])) - torch.repeat_interleave(cu[:-1], counts)
+    starts = offsets_of(whole)[:-1] + prompts - 1
+    at = (torch.repeat_interleave(starts, counts) + within).to(device)
+    rows = torch.repeat_interleave(sequences.offsets[torch.tensor(members)], counts) + within
+    return MicroBatch(members, tokens, pack, at, tokens[at + 1], rows.to(device), cu.to(device))
 
 
 def completion_logprobs(model: Decoder, sequences: Sequences, *, max_tokens: int, temperature: float = 1.0) -> Tensor:

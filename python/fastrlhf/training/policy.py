@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor
 from ..config import REQUIRED, option, section
 from ..data import load_tokenizer
 from ..errors import ConfigError
-from ..models import Decoder, adapters_off, add_lora, load_decoder, save_decoder, token_logprobs
-from ..models.lora import PROJECTIONS, adapters
+from ..models import Decoder, add_lora, load_decoder, save_decoder, token_logprobs
+from ..models.lora import PROJECTIONS
 from ..models.placement import device_of, dtype_of
 from ..ops import policy_loss
 from ..parallel.collectives import summed
@@ -23,6 +22,7 @@ from .batches import Sequences, completion_logprobs, micro_batches
 from .layout import Layout
 from .optim import Optimizer, OptimizerConfig, trainable
 from .passes import assembled, run
+from .reference import Reference
 from .rollout import Rollout
 from .shards import weights_of
 from .state import load_into
@@ -80,7 +80,7 @@ class UpdateConfig:
 
 def load_model(
     config: ModelConfig, seed: int, parallel: Layout | None = None
-) -> tuple[Decoder, torch.device, torch.dtype | None]:
+) -> tuple[Decoder, torch.device]:
     """The decoder a section describes, in training mode, adapters on; this process's part of it."""
     device, dtype, parallel = device_of(config.device), dtype_of(config.dtype), parallel or Layout()
     model = load_decoder(config.path, device=device, dtype=dtype, **parallel.of(config.path))
@@ -89,7 +89,7 @@ def load_model(
         if parallel.groups.pp.size > 1:
             raise ConfigError(f"model.lora.rank: not yet with a pipeline, expected 0 with pp={parallel.groups.pp.size}")
         add_lora(model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets, seed=seed)
-    return model, device, dtype
+    return model, device
 
 
 def load_matching_tokenizer(path: str, model: Decoder) -> Any:
@@ -120,16 +120,13 @@ class Policy:
     ) -> None:  # fmt: skip
         self.config, self.seed, self.temperature = update, seed, temperature
         parallel = parallel or Layout()
-        self.model, self.device, dtype = load_model(model, seed, parallel)
+        self.model, self.device = load_model(model, seed, parallel)
         self.groups = self.model.groups
         self.tokenizer = load_matching_tokenizer(model.path, self.model)
         self.minibatch = min(update.minibatch_size or rollout_size, rollout_size)
         self.steps_per_rollout = update.epochs * -(-rollout_size // self.minibatch)
         self.optimizer = Optimizer(trainable(self.model), update.optimizer, total_steps * self.steps_per_rollout, self.groups)
-        self.reference: Decoder | None = None
-        if reference and not any(adapters(self.model)):
-            self.reference = load_decoder(model.path, device=self.device, dtype=dtype, **parallel.of(model.path)).eval()
-            self.reference.requires_grad_(False)
+        self.reference = Reference(self.model, model.path, parallel) if reference else None
         self.touched = False
 
     def logprobs(self, sequences: Sequences) -> Tensor:
@@ -138,8 +135,8 @@ class Policy:
         )
 
     def reference_logprobs(self, sequences: Sequences) -> Tensor:
-        model = self.reference or self.model
-        with adapters_off(model) if self.reference is None else nullcontext():
+        assert self.reference is not None
+        with self.reference.model() as model:
             return completion_logprobs(
                 model, sequences, max_tokens=self.config.micro_batch_tokens, temperature=self.temperature
             )
