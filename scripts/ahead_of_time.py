@@ -32,8 +32,10 @@ import torch
 import triton
 from fastrlhf.kernels.common import launch, tiles
 from fastrlhf.kernels.logprobs import triton as logprobs_kernels
+from fastrlhf.kernels.paged_attention import triton as paged_attention_kernels
 from fastrlhf.kernels.sampling import triton as sampling_kernels
 from fastrlhf.ops import backend
+from fastrlhf.ops.paged_attention import empty_cache
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -249,11 +251,24 @@ def sampling() -> None:
         )
 
 
+def paged_attention() -> None:
+    for dtype, heads, kv_heads, dim in (
+        (torch.float32, 4, 4, 32), (torch.bfloat16, 8, 2, 128), (torch.bfloat16, 32, 8, 64), (torch.float16, 20, 1, 128),
+        (torch.bfloat16, 8, 8, 80), (torch.bfloat16, 2, 1, 256),
+    ):  # fmt: skip
+        new = [zeros(3, n, dim, dtype=dtype) for n in (heads, kv_heads, kv_heads)]
+        caches = empty_cache(4, kv_heads, dim, dtype, torch.device("cpu"))
+        paged_attention_kernels.paged_attention(
+            *new, zeros(64, dim // 2), zeros(64, dim // 2), *(zeros(3, dtype=torch.int64) for _ in range(2)),
+            zeros(2, 3, dtype=torch.int32), *caches, scale=0.1, window=None, out=new[0],
+        )  # fmt: skip
+
+
 CASES: dict[str, Callable[[], None]] = {
     c.__name__: c
     for c in (
         logprobs, linear_logprobs, kl, kl_full, gae, group_advantages, masked_stats, policy_loss, value_loss, preference_loss,
-        sampling,
+        sampling, paged_attention,
     )
 }  # fmt: skip
 

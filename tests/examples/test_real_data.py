@@ -1,4 +1,4 @@
-"""Real input from the command line: GSM8K and HH-RLHF through SFT, a reward model and PPO, their tokenizer trained on them."""
+"""Real input from the command line: GSM8K and HH-RLHF through SFT, a reward model, DPO and PPO, their tokenizer trained on them."""
 
 from __future__ import annotations
 
@@ -43,6 +43,10 @@ def test_gsm8k_and_hh_rlhf_run_through_the_chain(tmp_path: Path, capsys: pytest.
     reward = metrics(tmp_path / "reward", "eval")[-1]
     print(f"held-out pair accuracy {reward['accuracy']:.3f} of {reward['examples']:.0f} pairs")
     assert reward["examples"] > 100 and 0 <= reward["accuracy"] <= 1
+
+    first, last = (metrics(tmp_path / "dpo", "eval")[i] for i in (0, -1))
+    print(f"held-out DPO loss {first['loss']:.4f} -> {last['loss']:.4f}, accuracy {last['accuracy']:.3f}")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and last["reward_margin"] != 0 == first["reward_margin"]
 
     steps = metrics(tmp_path / "ppo", None)
     assert len(steps) >= 2 and all(math.isfinite(line["policy/loss"]) for line in steps)

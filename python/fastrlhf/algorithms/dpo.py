@@ -110,7 +110,10 @@ class DPO(Supervised[Preference]):
                 denominator=total,
             )  # fmt: skip
             pairs = float(len(members))
-            whole = {"loss": out.loss.detach(), "sft_loss": out.stats.get("sft_loss")}  # of `total` pairs, of which these are some
+            whole = {
+                "loss": out.loss.detach(),
+                "sft_loss": out.stats.get("sft_loss"),
+            }  # of `total` pairs, of which these are some
             named = {"accuracy": "accuracy", "reward_margin": "margin"}
             named |= {f"rewards/{side}": f"{side}_reward" for side in ("chosen", "rejected")}
             found = {name: value * total / pairs for name, value in whole.items()}

@@ -24,7 +24,16 @@ CUDA = frozenset((
     "logprobs", "linear_logprobs", "linear_policy_loss", "logits_policy_loss", "shape_rewards", "gae", "discounted_returns",
     "experience", "masked_mean", "masked_var", "whiten", "sequence_logprobs", "policy_loss", "value_loss",
 ))  # fmt: skip
-TRITON = CUDA | {"kl", "kl_full", "group_advantages", "preference_loss", "reward_loss", "regression_loss", "sample"}
+TRITON = CUDA | {
+    "kl",
+    "kl_full",
+    "group_advantages",
+    "preference_loss",
+    "reward_loss",
+    "regression_loss",
+    "sample",
+    "paged_attention",
+}
 DTYPES = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3,
     torch.int32: 4, torch.int64: 5, torch.uint8: 6, torch.bool: 6,

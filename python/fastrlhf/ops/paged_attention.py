@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..kernels.paged_attention import reference
 from . import checks
-from .backend import DTYPES, choose, empty, extension, threads
+from .backend import DTYPES, choose, empty, extension, threads, triton_kernels
 
 BLOCK = reference.BLOCK
 
@@ -36,7 +36,7 @@ def paged_attention(
         k_cache, v_cache: of `empty_cache`, q's dtype; written in place.
         scale: None is 1 / √D.
         window: >= 1; None sees all.
-        backend: "cpu" or "reference"; None chooses.
+        backend: "triton", "cpu" or "reference"; None chooses.
 
     Returns:
         (n, heads, D), q's dtype.
@@ -73,7 +73,8 @@ def paged_attention(
     if window is not None and window < 1:
         raise ValueError(f"window: expected >= 1, got {window}")
     scale = dim**-0.5 if scale is None else float(scale)
-    if choose("paged_attention", q, backend) == "reference":
+    backend = choose("paged_attention", q, backend)
+    if backend == "reference":
         return reference.paged_attention(
             q, k, v, cos, sin, positions, sequences, block_table, k_cache, v_cache, scale=scale, window=window
         )
@@ -82,6 +83,11 @@ def paged_attention(
     if not all(t.is_contiguous() for t in flat):
         raise ValueError("positions, sequences, block_table, cos, sin and the caches must be contiguous")
     out = empty((n, heads, dim), q.dtype, q)
+    if backend == "triton":
+        triton_kernels("paged_attention").paged_attention(
+            q, k, v, cos, sin, positions, sequences, block_table, k_cache, v_cache, scale=scale, window=window, out=out
+        )
+        return out
     extension().paged_attention(
         DTYPES[q.dtype], (n, heads, kv_heads, dim, padded, block_table.shape[0], width, blocks, cos.shape[0]),
         (q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)), cos.data_ptr(), sin.data_ptr(),

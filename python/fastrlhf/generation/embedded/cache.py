@@ -45,6 +45,5 @@ class Paged:
         out = paged_attention(
             q[:n], k[:n], v[:n], cos, sin, self.positions, self.sequences, self.block_table,
             *self.cache.layers[attention.layer], window=attention.window,
-            backend=None if q.is_cpu else "reference",
         ).view(n, -1)  # fmt: skip
         return out if n == rows else F.pad(out, (0, 0, 0, rows - n))

@@ -269,7 +269,7 @@ class EmbeddedEngine:
         options = drawing[0].sampling
         out = sample(
             logits, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
-            seed=base + drawn * _STRIDE, backend=None if logits.is_cpu else "reference",
+            seed=base + drawn * _STRIDE,
         )  # fmt: skip
         assert out.logprobs is not None
         return out.tokens, out.logprobs
