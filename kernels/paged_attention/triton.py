@@ -1,5 +1,5 @@
-"""Attention over the cache in blocks: one launch turns keys and appends, one turns queries and attends, a program for each token
-and key-value head. A token's tiles begin at multiples of their width, whatever else is in the call."""
+"""Attention over the cache in blocks: one launch turns keys and appends, one turns queries and attends, a program for each
+token and key-value head. A token's tiles begin at multiples of their width, whatever else is in the call."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def paged_attention(
     }  # fmt: skip
     grid = (tokens, kv_heads)
     launch(
-        _append, grid, k, v, cos, sin, positions, sequences, block_table, k_cache, v_cache, k.stride(0), v.stride(0), width, dim,
-        padded, **common, num_warps=1,
+        _append, grid, k, v, cos, sin, positions, sequences, block_table, k_cache, v_cache, k.stride(0), v.stride(0), width,
+        dim, padded, **common, num_warps=1,
     )  # fmt: skip
     group = heads // kv_heads
     tile = 64 if dim * k.element_size() <= 128 else 32  # positions, whole blocks; more are kept in memory instead of registers

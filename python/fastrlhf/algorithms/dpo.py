@@ -142,7 +142,7 @@ class DPO(Supervised[Preference]):
         return chosen, rejected
 
     def _reference_logprobs(self, batches: Sequence[tuple[list[int], MicroBatch]], pairs: int) -> Tensor | None:
-        """(2, pairs), by side. From the policy's own micro-batches, so that both are the same to the bit before the first step."""
+        """(2, pairs), by side; from the policy's micro-batches, so that both are the same to the bit before the first step."""
         if self.reference is None:
             return None
         out = torch.zeros(2, pairs, device=self.device)

@@ -25,15 +25,8 @@ CUDA = frozenset((
     "experience", "masked_mean", "masked_var", "whiten", "sequence_logprobs", "policy_loss", "value_loss",
 ))  # fmt: skip
 TRITON = CUDA | {
-    "kl",
-    "kl_full",
-    "group_advantages",
-    "preference_loss",
-    "reward_loss",
-    "regression_loss",
-    "sample",
-    "paged_attention",
-}
+    "kl", "kl_full", "group_advantages", "preference_loss", "reward_loss", "regression_loss", "sample", "paged_attention",
+}  # fmt: skip
 DTYPES = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3,
     torch.int32: 4, torch.int64: 5, torch.uint8: 6, torch.bool: 6,
