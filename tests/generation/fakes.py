@@ -128,17 +128,37 @@ class Model:
 
 # --------------------------------------------------------------------------------------------------------------------- vLLM
 
-SHARED: dict[str, Tensor] = {}  # handles of memory, in place of CUDA's
+SHARED: dict[bytes, Tensor] = {}  # handles of memory, in place of CUDA's
 
 
 def reduce_shared(t: Tensor) -> tuple[Any, tuple[Any, ...]]:
-    key = f"handle-{t.data_ptr()}"
+    """As torch reduces a CUDA tensor."""
+    key = str(t.data_ptr()).encode()
     SHARED[key] = t
-    return rebuild_shared, (key, None, None, None, None, None, 0)
+    return rebuild_shared, (
+        type(t), t.size(), t.stride(), t.storage_offset(), torch.storage.TypedStorage, t.dtype, 0,
+        key, t.untyped_storage().nbytes(), 0, t.requires_grad, b"counter", 0, b"event", True,
+    )  # fmt: skip
 
 
-def rebuild_shared(key: str, *_: Any) -> Tensor:
-    return SHARED[key]
+def rebuild_shared(
+    cls: Any, size: Any, stride: Any, offset: int, storage: Any, dtype: Any, device: Any, handle: bytes, *rest: Any
+) -> Tensor:
+    assert (cls, storage, len(rest)) == (Tensor, torch.storage.TypedStorage, 7)
+    t = SHARED[handle]
+    assert (size, stride, offset, dtype) == (t.size(), t.stride(), t.storage_offset(), t.dtype)
+    return t
+
+
+def carried(value: Any) -> Any:
+    """What comes out at the other end of vLLM's msgpack: TypeError for a class or a dtype, lists for tuples."""
+    if type(value) in (list, tuple):
+        return [carried(v) for v in value]
+    if type(value) is dict:
+        return {carried(k): carried(v) for k, v in value.items()}
+    if value is not None and type(value) not in (bool, int, float, str, bytes):
+        raise TypeError(f"Object of type {type(value)} is not serializable")
+    return value
 
 
 @dataclass
@@ -197,16 +217,16 @@ class Held:
 
 
 class FakeVLLM(Strict):
-    def __init__(self, decoder: Decoder, workers: int = 2) -> None:
+    def __init__(self, decoder: Decoder, **sizes: int) -> None:
         super().__init__("vllm")
+        parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1} | sizes
+        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(**parallel)))
         self.model = Model(decoder)
         reload = SimpleNamespace(
             initialize_layerwise_reload=lambda held: held.held.begin(),
             finalize_layerwise_reload=lambda held, config: held.held.finish(),
         )
-        engine = make_engine(WorkerBase, reload)
-        # the first worker's model is looked at; the others must take the same
-        self.workers = [engine(None, None, torch.device("cpu"), Held(self.model))]
+        self.worker = make_engine(WorkerBase, reload)(None, None, torch.device("cpu"), Held(self.model))
         self.version: str | None = None
         self.running = False
 
@@ -214,25 +234,20 @@ class FakeVLLM(Strict):
         return "idle" if name == "update_weights" else before
 
     def do_init_weight_transfer_engine(self, request: dict[str, Any]) -> None:
-        for w in self.workers:
-            w.init_transfer_engine(w.init_info_cls(**request["init_info"]))
+        self.worker.init_transfer_engine(self.worker.init_info_cls(**carried(request["init_info"])))
 
     def do_start_weight_update(self) -> None:
-        for w in self.workers:
-            w.start_weight_update()
+        self.worker.start_weight_update()
 
     def do_update_weights(self, request: dict[str, Any]) -> None:
-        for w in self.workers:
-            w.update_weights(request["update_info"])
+        self.worker.update_weights(carried(request["update_info"]))
 
     def do_finish_weight_update(self, weight_version: str | None = None) -> None:
-        for w in self.workers:
-            w.finish_weight_update()
+        self.worker.finish_weight_update()
         self.version = weight_version
 
     def do_shutdown_weight_transfer_engine(self) -> None:
-        for w in self.workers:
-            w.shutdown()
+        self.worker.shutdown()
 
     def do_reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         if self.running:
@@ -416,17 +431,15 @@ class WorkerExtension:
         assert key == "GPU-cpu"
         weights = []
         for name, (rebuild, arguments) in entries:
-            patched = list(arguments)
-            patched[6] = 0
-            weights.append((name, rebuild(*patched)))
+            weights.append((name, rebuild(*arguments[:6], 0, *arguments[7:])))
         self.buckets += 1
         self.model.load_weights(weights)
 
 
 class FakeTensorRTLLM(Strict):
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, workers: int = 1) -> None:
         super().__init__("tensorrt-llm")
-        self.model = Model(decoder)
+        self.model, self.workers = Model(decoder), workers
         self.worker = extension(WorkerExtension, lambda _: "GPU-cpu", (rebuild_shared,))(self.model)
 
     def __getattr__(self, name: str) -> Any:
@@ -443,7 +456,7 @@ class FakeTensorRTLLM(Strict):
             return [True]
         if method == "wakeup":
             return [True]
-        return [getattr(self.worker, method)(*args)]
+        return [getattr(self.worker, method)(*args)] * self.workers
 
     def do_generate(self, inputs: Any, sampling_params: Any = None, use_tqdm: bool = True) -> list[Any]:
         return outputs_of(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastrlhf.errors import ConfigError
 from fastrlhf.generation import EmbeddedEngine, Sampling, foreign, tensorrt_llm, vllm, vllm_worker
 from fastrlhf.generation.foreign import Bucket, Manifest, Staging, buckets
 from fastrlhf.generation.select import ENGINES, GenerationConfig, make_engine
@@ -42,7 +43,7 @@ def shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "reduce_tensor", fakes.reduce_shared)
     monkeypatch.setattr(tensorrt_llm, "reduce_tensor", fakes.reduce_shared)
     monkeypatch.setattr(checkpoint_engine, "reduce_tensor", fakes.reduce_shared)
-    monkeypatch.setattr(vllm_worker, "opened", lambda handles, device: fakes.rebuild_shared(*handles["cpu"]))
+    monkeypatch.setattr(vllm_worker, "rebuild_cuda_tensor", fakes.rebuild_shared)
 
 
 def made(name: str, model: Decoder, limit: int = LIMIT) -> tuple[Any, Any]:
@@ -157,6 +158,30 @@ def test_weights_that_were_dropped_in_sleep_are_not_served(name: str) -> None:
         engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
     engine.update_weights(None, 1)
     assert engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
+
+
+def test_vllm_is_sent_plain_values() -> None:
+    """vLLM's messages refuse classes: torch's handle of a CUDA tensor has three, and a dtype."""
+    buffer = torch.arange(12, dtype=torch.uint8)
+    with pytest.raises(TypeError, match="not serializable"):
+        fakes.carried(fakes.reduce_shared(buffer)[1])
+    sent = fakes.carried({"cpu": vllm.exported(buffer)})
+    assert vllm_worker.opened(sent, torch.device("cpu")) is buffer
+    with pytest.raises(ValueError, match=r"handles: none for GPU cpu, only for \['other'\]"):
+        vllm_worker.opened({"GPU-other": []}, torch.device("cpu"))
+
+
+def test_an_engine_of_several_workers_is_refused_when_it_is_made() -> None:
+    """Only the trainer's own GPU has a handle of the weights."""
+    model = P.decoder(0)
+    with pytest.raises(ValueError, match=r"tensor_parallel_size: expected 1, .* got 2"):
+        VLLMEngine(fakes.FakeVLLM(P.decoder(1), tensor_parallel_size=2), fakes.Parameters, model)
+    with pytest.raises(ValueError, match=r"tensor_parallel_size: expected 1, .* got 2"):
+        TensorRTLLMEngine(fakes.FakeTensorRTLLM(P.decoder(1), workers=2), fakes.Parameters, model)
+    for engine, size in (("vllm", "data_parallel_size"), ("tensorrt-llm", "pipeline_parallel_size"), ("sglang", "dp_size")):
+        config = GenerationConfig(engine=engine, options={size: 2})
+        with pytest.raises(ConfigError, match=rf"generation.engine: {engine}: {size}: expected 1, .* got 2"):
+            make_engine(config, model, None, "")
 
 
 def test_checkpoint_engines_wire() -> None:

@@ -227,7 +227,7 @@ def test_fused_projections_share_one_scale() -> None:
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "reduce_tensor", fakes.reduce_shared)
-    monkeypatch.setattr(vllm_worker, "opened", lambda handles, device: fakes.rebuild_shared(*handles["cpu"]))
+    monkeypatch.setattr(vllm_worker, "rebuild_cuda_tensor", fakes.rebuild_shared)
 
 
 def refitted() -> tuple[Any, Any, Any]:

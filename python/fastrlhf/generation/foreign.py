@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -229,6 +229,13 @@ def device_key(device: torch.device, *, prefix: bool) -> str:
         return device.type
     bare = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
     return "GPU-" + bare if prefix else bare
+
+
+def one_worker(options: Mapping[str, Any], sizes: Seq[str], why: str = "a worker on another GPU has no handle") -> None:
+    """ValueError where an engine would have workers that the weights cannot reach."""
+    for name in sizes:
+        if (size := options.get(name, 1)) != 1:
+            raise ValueError(f"{name}: expected 1, {why}; got {size}")
 
 
 def request_words(sampling: Sampling) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ..refit.states import RefitError
 from ..refit.transports.checkpoint_engine import CheckpointEngineSender
 from ..seeds import mix
 from .engine import Sampling
-from .foreign import BUCKET, Bucket, ForeignEngine, WholeTensors, device_key, request_words
+from .foreign import BUCKET, Bucket, ForeignEngine, WholeTensors, device_key, one_worker, request_words
 
 WIRES = ("bucket", "checkpoint-engine")
 Serialise = Callable[[list[tuple[str, Tensor]]], bytes]
@@ -54,6 +54,7 @@ class SGLangEngine(ForeignEngine):
         cls, model: Decoder, tokenizer: Any, path: str, *, options: dict[str, Any], mode: str, timeout: float, any_version: bool
     ) -> SGLangEngine:
         """An `Engine` of the model at `path`, its weights to come; `options` go to its constructor."""
+        one_worker(options, ("dp_size", "pp_size"), "of each tensor-parallel rank one worker is sent a handle")
         require_version("sglang", any_version=any_version)
         sglang = importlib.import_module("sglang")
         given = {"load_format": "dummy", "mem_fraction_static": 0.4, **options}

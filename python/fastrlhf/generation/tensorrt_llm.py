@@ -18,8 +18,9 @@ from ..refit.contract import require_version
 from ..refit.session import Transfer
 from ..refit.states import RefitError
 from .engine import Sampling
-from .foreign import BUCKET, Bucket, ForeignEngine, WholeTensors, device_key, request_words
+from .foreign import BUCKET, Bucket, ForeignEngine, WholeTensors, device_key, one_worker, request_words
 
+SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
 EXTENSION = "fastrlhf.generation.tensorrt_llm_worker.Extension"
 KEEPS = ("NONE",)  # restore modes that leave weights undefined
 
@@ -35,6 +36,8 @@ class TensorRTLLMEngine(ForeignEngine):
         self, llm: Any, parameters: Any, model: Decoder, *, mode: str = "drain", timeout: float = 600.0, limit: int = BUCKET,
     ) -> None:  # fmt: skip
         self.llm, self._parameters = llm, parameters
+        workers = len(llm._collective_rpc("fastrlhf_ready"))
+        one_worker({SIZES[0]: workers}, SIZES)
         super().__init__(model, TensorRTLLMTarget(llm, model, limit), mode=mode, timeout=timeout)
 
     @classmethod
@@ -42,6 +45,7 @@ class TensorRTLLMEngine(ForeignEngine):
         cls, model: Decoder, tokenizer: Any, path: str, *, options: dict[str, Any], mode: str, timeout: float, any_version: bool
     ) -> TensorRTLLMEngine:
         """An `LLM` of the model at `path`, its weights to come; `options` go to its constructor."""
+        one_worker(options, SIZES)
         require_version("tensorrt-llm", any_version=any_version)
         trt = importlib.import_module("tensorrt_llm")
         given = {"load_format": "dummy", **options}

@@ -24,6 +24,9 @@ def extension(base: Any, device_uuid: Callable[[int], str], rebuilds: tuple[Any,
     class Extension(base):  # type: ignore[misc]
         _epoch: int | None = None
 
+        def fastrlhf_ready(self) -> bool:
+            return True
+
         def fastrlhf_begin(self, epoch: int, mode: str) -> bool:
             if self._epoch is not None:
                 raise RuntimeError(f"epoch: {self._epoch} is under way")

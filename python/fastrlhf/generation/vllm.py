@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from ..models import Decoder
@@ -16,9 +17,10 @@ from ..refit.contract import require_version
 from ..refit.session import Transfer
 from ..refit.states import RefitError
 from .engine import Sampling
-from .foreign import BUCKET, Bucket, ForeignEngine, Staging, WholeTensors, device_key, request_words
+from .foreign import BUCKET, Bucket, ForeignEngine, Staging, WholeTensors, device_key, one_worker, request_words
 
 NAME = "fastrlhf"  # of the weight-transfer engine that `vllm_worker` registers in vLLM's processes
+SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 class VLLMEngine(ForeignEngine):
@@ -31,6 +33,8 @@ class VLLMEngine(ForeignEngine):
     def __init__(
         self, llm: Any, parameters: Any, model: Decoder, *, mode: str = "drain", timeout: float = 600.0, limit: int = BUCKET,
     ) -> None:  # fmt: skip
+        parallel = llm.llm_engine.vllm_config.parallel_config
+        one_worker({name: getattr(parallel, name) for name in SIZES}, SIZES)
         self.llm, self._parameters = llm, parameters
         super().__init__(model, VLLMTarget(llm, model, limit), mode=mode, timeout=timeout)
 
@@ -39,6 +43,7 @@ class VLLMEngine(ForeignEngine):
         cls, model: Decoder, tokenizer: Any, path: str, *, options: dict[str, Any], mode: str, timeout: float, any_version: bool
     ) -> VLLMEngine:
         """An `LLM` of the model at `path`, its weights to come; `options` go to its constructor."""
+        one_worker(options, SIZES)
         require_version("vllm", any_version=any_version)
         vllm = importlib.import_module("vllm")
         config = importlib.import_module("vllm.config.weight_transfer").WeightTransferConfig
@@ -76,6 +81,12 @@ def _sample(output: Any) -> tuple[list[int], list[float], str]:
     return tokens, logprobs, output.finish_reason
 
 
+def exported(buffer: Tensor) -> list[Any]:
+    """A buffer of bytes as vLLM's messages can carry it: of torch's handle all but classes, dtype and device."""
+    _, (_, size, stride, offset, _, _, _, *rest) = reduce_tensor(buffer)
+    return [list(size), list(stride), offset, *rest]
+
+
 class VLLMTarget(WholeTensors):
     """start, one update for each bucket, finish, and the prefix cache reset.
 
@@ -94,9 +105,8 @@ class VLLMTarget(WholeTensors):
             weight = next(self.model.parameters())
             largest = max(p.numel() * p.element_size() for p in self.model.parameters())
             staging = Staging(max(self.limit, largest), weight.device)
-            _, arguments = reduce_tensor(staging.buffer)
-            key = device_key(weight.device, prefix=False)
-            self.llm.init_weight_transfer_engine({"init_info": {"handles": {key: arguments}, "nbytes": staging.buffer.nbytes}})
+            handles = {device_key(weight.device, prefix=False): exported(staging.buffer)}
+            self.llm.init_weight_transfer_engine({"init_info": {"handles": handles, "nbytes": staging.buffer.nbytes}})
             self._staging = staging
 
     def transfer(self, epoch: int) -> Transfer:

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
+from .foreign import device_key
 from .vllm import NAME
 
 
 @dataclass
 class InitInfo:
-    """`handles`: by GPU UUID without prefix, the arguments of torch's `rebuild_cuda_tensor` for the staging buffer."""
+    """`handles`: by GPU UUID without prefix, what `vllm.exported` makes of the staging buffer."""
 
-    handles: dict[str, tuple[Any, ...]]
+    handles: dict[str, list[Any]]
     nbytes: int
 
 
@@ -56,15 +57,16 @@ def views(buffer: Tensor, info: UpdateInfo) -> list[tuple[str, Tensor]]:
     return out
 
 
-def opened(handles: dict[str, tuple[Any, ...]], device: torch.device) -> Tensor:
+def opened(handles: dict[str, list[Any]], device: torch.device) -> Tensor:
     """The staging buffer of the trainer on this worker's GPU."""
-    key = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
+    key = device_key(device, prefix=False)
     known = {k.removeprefix("GPU-"): v for k, v in handles.items()}
     if key not in known:
         raise ValueError(f"handles: none for GPU {key}, only for {sorted(known)}: the trainer and this worker share no GPU")
-    arguments = list(known[key])
-    arguments[6] = device.index
-    return rebuild_cuda_tensor(*arguments)
+    size, stride, offset, *rest = known[key]
+    return rebuild_cuda_tensor(
+        Tensor, torch.Size(size), tuple(stride), offset, torch.storage.TypedStorage, torch.uint8, device.index, *rest
+    )
 
 
 def make_engine(base: Any, reload: Any) -> Any:
