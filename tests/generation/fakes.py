@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import inspect
 import io
+import math
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from fastrlhf.generation import EmbeddedEngine, Sampling
-from fastrlhf.generation.foreign import module_of
 from fastrlhf.generation.tensorrt_llm_worker import extension
 from fastrlhf.generation.vllm_worker import make_engine
 from fastrlhf.models import Decoder
@@ -74,42 +74,37 @@ class Strict:
 
 
 class Model:
-    """What an engine holds: weights that are taken module by module, and a prefix cache that remembers completions."""
+    """What an engine holds: weights that are written as they come, and a prefix cache that remembers completions."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.engine = EmbeddedEngine(decoder)
-        self._wanted = {n: tuple(t.shape) for n, t in named_weights(decoder)}
+        self.wanted = {n: tuple(t.shape) for n, t in named_weights(decoder)}
         self._loaders = _loaders(decoder)
-        self.pending: dict[str, dict[str, Tensor]] | None = None
+        self.got: set[str] = set()
         self.cache: dict[Any, Any] = {}
         self.fails_at = ""
 
     def begin(self) -> None:
-        self.pending = {}
+        self.got = set()
 
     def load_weights(self, weights: list[tuple[str, Tensor]]) -> None:
-        assert self.pending is not None
         for name, tensor in weights:
-            if name == self.fails_at:
-                raise RuntimeError(f"{name}: out of memory")
-            if name not in self._wanted or tuple(tensor.shape) != self._wanted[name]:
+            if name not in self.wanted or tuple(tensor.shape) != self.wanted[name]:
                 raise ValueError(f"{name}: not a tensor of this model, or of shape {tuple(tensor.shape)}")
-            module = module_of(name)
-            group = self.pending.setdefault(module, {})
-            if name in group:
+            if name in self.got:
                 raise ValueError(f"{name}: came twice")
-            group[name] = tensor  # kept as it is until the module is complete: a view of whatever it lies in
-            if len(group) == sum(module_of(n) == module for n in self._wanted):
-                for n, t in group.items():
-                    self._loaders[n](t)
+            self.got.add(name)
+            self.load(name, tensor)
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        if name == self.fails_at:
+            raise RuntimeError(f"{name}: out of memory")
+        self._loaders[name](tensor)
 
     def finish(self) -> None:
-        assert self.pending is not None
-        got = {n for group in self.pending.values() for n in group}
-        self.pending = None
-        if got != self._wanted.keys():
-            raise RuntimeError(f"{len(self._wanted.keys() - got)} weights did not come: their modules are left unprocessed")
+        if missing := self.wanted.keys() - self.got:
+            raise RuntimeError(f"{len(missing)} weights did not come: their modules are left unprocessed")
 
     def draw(self, prompts: list[list[int]], samplings: list[Sampling], seeds: list[int]) -> list[list[Any]]:
         out = []
@@ -203,17 +198,85 @@ class WorkerBase:
         self.receive_weights(self.update_info_cls(**update_info))  # type: ignore[attr-defined]
 
 
-class Held:
-    """A module as a worker has it: parameters and `load_weights`."""
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
 
-    def __init__(self, model: Model) -> None:
-        self.held = model
+
+@dataclass
+class Loading:
+    """vLLM's LayerReloadingInfo."""
+
+    load_numel: int = 0
+    load_numel_total: int | None = None
+    loaded_weights: list[tuple[str, Tensor]] = field(default_factory=list)
+    kernel_tensors: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+
+
+class Module:
+    """`names`: of the tensors it is loaded from; `numel`: of its parameters, rows of padding among them."""
+
+    def __init__(self, names: list[str], numel: int) -> None:
+        self.names, self.numel, self.info = names, numel, Loading()
+
+
+class Layerwise(Model):
+    """vLLM's model and its layerwise reload: a load is put off until the last element of its module has come, or to the end
+    where padding never does; a module that is being loaded is not made ready again, and one that is done takes no more."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder)
+        groups: dict[str, list[str]] = {}
+        for name in self.wanted:
+            owner, _, last = name.rpartition(".")[0].rpartition(".")
+            groups.setdefault(f"{owner}.{FUSED.get(last, last)}", []).append(name)
+        self._modules = [Module(names, sum(map(self._numel, names))) for names in groups.values()]
+
+    def _numel(self, name: str) -> int:
+        rows, *rest = self.wanted[name]
+        padded = -(-rows // 64) * 64 if "embed_tokens" in name or "lm_head" in name else rows
+        return math.prod([padded, *rest])
+
+    def modules(self) -> list[Module]:
+        return self._modules
 
     def named_parameters(self) -> Any:
-        return self.held.decoder.named_parameters()
+        return self.decoder.named_parameters()
 
-    def load_weights(self, weights: Any) -> None:
-        self.held.load_weights(weights)
+    def begin(self) -> None:
+        for module in self._modules:
+            if module.info.load_numel_total is None:
+                module.info = Loading(0, module.numel, [], ({}, {}))
+
+    def load_weights(self, weights: list[tuple[str, Tensor]]) -> None:
+        for name, tensor in weights:
+            if name not in self.wanted or tuple(tensor.shape) != self.wanted[name]:
+                raise ValueError(f"{name}: not a tensor of this model, or of shape {tuple(tensor.shape)}")
+            module = next(m for m in self._modules if name in m.names)
+            info = module.info
+            if info.load_numel_total is None:
+                continue
+            info.loaded_weights.append((name, tensor))
+            if name == self.fails_at:
+                raise RuntimeError(f"{name}: out of memory")
+            info.load_numel += tensor.numel()
+            if info.load_numel >= info.load_numel_total:
+                self._process(module)
+
+    def _process(self, module: Module) -> None:
+        for name, tensor in module.info.loaded_weights:
+            self.load(name, tensor)
+        module.info = Loading()
+
+    def finish(self) -> None:
+        for module in self._modules:
+            if module.info.load_numel:
+                self._process(module)
+            module.info = Loading()
 
 
 class FakeVLLM(Strict):
@@ -221,12 +284,13 @@ class FakeVLLM(Strict):
         super().__init__("vllm")
         parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1} | sizes
         self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(**parallel)))
-        self.model = Model(decoder)
+        self.model = Layerwise(decoder)
         reload = SimpleNamespace(
-            initialize_layerwise_reload=lambda held: held.held.begin(),
-            finalize_layerwise_reload=lambda held, config: held.held.finish(),
+            initialize_layerwise_reload=lambda model: model.begin(),
+            finalize_layerwise_reload=lambda model, config: model.finish(),
+            get_layerwise_info=lambda module: module.info,
         )
-        self.worker = make_engine(WorkerBase, reload)(None, None, torch.device("cpu"), Held(self.model))
+        self.worker = make_engine(WorkerBase, reload)(None, None, torch.device("cpu"), self.model)
         self.version: str | None = None
         self.running = False
 

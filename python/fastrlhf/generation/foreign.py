@@ -22,11 +22,7 @@ BUCKET = 512 << 20
 
 @dataclass
 class Bucket:
-    """`whole`: no module has tensors in it and in another bucket, so an engine that works module by module is done with the
-    memory when it has taken the bucket."""
-
     tensors: list[tuple[str, Tensor]] = field(default_factory=list)
-    whole: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -34,7 +30,7 @@ class Bucket:
 
 
 def module_of(name: str) -> str:
-    """What engines load and process together: a layer, or a tensor outside of all layers."""
+    """What engines should be given together: a layer, or a tensor outside of all layers."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part.isdigit():
@@ -53,35 +49,20 @@ def buckets(weights: Iterable[tuple[str, Tensor]], limit: int, *, one_dtype: boo
     def fits(b: Bucket, more: int) -> bool:
         return b.nbytes + more + ALIGN * (len(b.tensors) + 1) <= limit or not b.tensors
 
-    def flush() -> Iterator[Bucket]:
-        nonlocal held, group
-        padding = ALIGN * len(group.tensors)
-        if held.tensors and not fits(held, group.nbytes + padding):
-            yield held
-            held = Bucket()
-        held.tensors += group.tensors
-        held.whole &= group.whole
-        if not held.whole:
-            yield held
-            held = Bucket()
-        group = Bucket()
+    def alike(b: Bucket, tensor: Tensor) -> bool:
+        return not one_dtype or not b.tensors or b.tensors[0][1].dtype == tensor.dtype
 
     for name, tensor in weights:
         if module_of(name) != module:
-            yield from flush()
-            module = module_of(name)
-        if not fits(group, tensor.nbytes) or (one_dtype and group.tensors and group.tensors[0][1].dtype != tensor.dtype):
-            torn = Bucket(group.tensors, whole=False)
-            if held.tensors:
-                yield held
-                held = Bucket()
-            yield torn
-            group = Bucket(whole=False)
-        if one_dtype and held.tensors and held.tensors[0][1].dtype != tensor.dtype:
+            held, group, module = Bucket(held.tensors + group.tensors), Bucket(), module_of(name)
+        if not fits(group, tensor.nbytes) or not alike(group, tensor):  # a torn module
+            held, group = Bucket(held.tensors + group.tensors), Bucket()
+        group.tensors.append((name, tensor))
+        padding = ALIGN * len(group.tensors)
+        if held.tensors and not (fits(held, group.nbytes + padding) and alike(held, tensor)):
             yield held
             held = Bucket()
-        group.tensors.append((name, tensor))
-    yield from flush()
+    held.tensors += group.tensors
     if held.tensors:
         yield held
 
@@ -122,21 +103,18 @@ class Manifest:
 
 
 class Staging:
-    """Two halves of one buffer on the trainer's device, which engines map once; a bucket goes into one while the other may
-    still be read. Tensors begin at multiples of 512 bytes: every dtype's size and every engine's demand divides that."""
+    """A buffer on the trainer's device, which an engine maps once and has read when it answers. Tensors begin at multiples of
+    512 bytes: every dtype's size and every engine's demand divides that."""
 
     def __init__(self, limit: int, device: torch.device) -> None:
-        self.half = -(-limit // ALIGN) * ALIGN
-        self.buffer = torch.empty(2 * self.half, dtype=torch.uint8, device=device)
-        self._turn = 1
+        self.buffer = torch.empty(-(-limit // ALIGN) * ALIGN, dtype=torch.uint8, device=device)
 
     def pack(self, bucket: Bucket) -> list[int]:
         """Where each tensor begins in the buffer."""
-        self._turn = 1 - self._turn
-        at, out = self._turn * self.half, []
+        at, out = 0, []
         for name, t in bucket.tensors:
-            if at + t.nbytes > (self._turn + 1) * self.half:
-                raise RefitError(f"{name}: {t.nbytes} bytes do not fit the staging buffer of {self.half}")
+            if at + t.nbytes > len(self.buffer):
+                raise RefitError(f"{name}: {t.nbytes} bytes do not fit the staging buffer of {len(self.buffer)}")
             self.buffer[at : at + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
             out.append(at)
             at += -(-t.nbytes // ALIGN) * ALIGN

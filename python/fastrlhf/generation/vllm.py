@@ -90,7 +90,7 @@ def exported(buffer: Tensor) -> list[Any]:
 class VLLMTarget(WholeTensors):
     """start, one update for each bucket, finish, and the prefix cache reset.
 
-    Two copies: into a staging buffer that every worker of the GPU mapped at the first refit, and by vLLM into its parameters.
+    Three copies: into a staging buffer that the worker mapped at the first refit, out of it, and by vLLM's loader.
     """
 
     def __init__(self, llm: Any, model: Decoder, limit: int) -> None:
@@ -113,14 +113,14 @@ class VLLMTarget(WholeTensors):
         # not in begin: it makes the layers ready to be loaded, and where one worker fails the others' are
         self._open, self.epoch = True, epoch
         self.llm.start_weight_update()
-        return self._send(self._bucket, 2)
+        return self._send(self._bucket, 3)
 
     def _bucket(self, bucket: Bucket) -> None:
         assert self._staging is not None
         info = {
             "epoch": self.epoch, "names": [n for n, _ in bucket.tensors],
             "dtype_names": [str(t.dtype).removeprefix("torch.") for _, t in bucket.tensors],
-            "shapes": [list(t.shape) for _, t in bucket.tensors], "offsets": self._staging.pack(bucket), "whole": bucket.whole,
+            "shapes": [list(t.shape) for _, t in bucket.tensors], "offsets": self._staging.pack(bucket),
         }  # fmt: skip
         try:
             self.llm.update_weights({"update_info": info})  # returns when every worker has taken it
