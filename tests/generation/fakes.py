@@ -4,9 +4,10 @@ engine would do wrong after a misuse, these do."""
 from __future__ import annotations
 
 import inspect
-import io
+import itertools
 import math
 import pickle
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -46,6 +47,24 @@ class Strict:
         self.contract = contract.load(engine)
         self.state = self.contract.start
         self.calls: list[str] = []
+        self.hangs_at, self.released = "", threading.Event()
+        self.asleep: set[str] = set()
+        self.room = True  # for more than the weights
+
+    def hang(self, name: str) -> None:
+        """A worker that hangs, until it is released."""
+        if name == self.hangs_at:
+            self.released.wait(20)
+
+    def wake(self, tags: list[str] | None) -> None:
+        tags = sorted(self.asleep) if tags is None else tags
+        if not self.room and set(tags) - {"weights", "model"}:
+            raise RuntimeError("CUDA out of memory")
+        self.asleep -= set(tags)
+
+    def awake(self, *tags: str) -> None:
+        if self.asleep & set(tags or self.asleep):
+            raise RuntimeError(f"an illegal memory access: {sorted(self.asleep)} asleep")
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith(("do_", "__")) or not hasattr(type(self), "do_" + name):
@@ -53,6 +72,7 @@ class Strict:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             bind(self.contract.parameters(name), args, kwargs)
+            self.hang(name)
             self.calls.append(name)
             after = self.contract.states[self.state].get(name)
             if after is None:
@@ -301,6 +321,7 @@ class FakeVLLM(Strict):
         self.worker.init_transfer_engine(self.worker.init_info_cls(**carried(request["init_info"])))
 
     def do_start_weight_update(self) -> None:
+        self.awake("weights")
         self.worker.start_weight_update()
 
     def do_update_weights(self, request: dict[str, Any]) -> None:
@@ -320,13 +341,16 @@ class FakeVLLM(Strict):
         return True
 
     def do_sleep(self, level: int = 1, mode: str = "abort") -> None:
+        self.asleep = {"weights", "kv_cache"}
         if level >= 2:
             self.model.drop()
 
     def do_wake_up(self, tags: list[str] | None = None) -> bool:
-        return True
+        self.wake(tags)
+        return not self.asleep
 
     def do_generate(self, prompts: Any, sampling_params: Any = None, *, use_tqdm: bool = True) -> list[Any]:
+        self.awake()
         return outputs_of(
             self.model.draw([p["prompt_token_ids"] for p in prompts], [s.sampling() for s in sampling_params],
                             [s.seed for s in sampling_params])
@@ -346,6 +370,9 @@ class Metadata:
     numel: int
 
 
+HANDLES = (f"bucket {i}".encode() for i in itertools.count())
+
+
 def flatten(tensors: list[tuple[str, Tensor]]) -> bytes:
     """As FlattenedTensorBucket and MultiprocessingSerializer do: bytes back to back."""
     at, metadata = 0, []
@@ -353,9 +380,8 @@ def flatten(tensors: list[tuple[str, Tensor]]) -> bytes:
         metadata.append(Metadata(name, t.shape, t.dtype, at, at + t.nbytes, t.nbytes))
         at += t.nbytes
     flat = torch.cat([t.detach().contiguous().flatten().view(torch.uint8) for _, t in tensors])
-    out = io.BytesIO()
-    pickle.dump({"flattened_tensor": flat, "metadata": metadata}, out)
-    return out.getvalue()
+    key, SHARED[key] = next(HANDLES), flat
+    return pickle.dumps({"flattened_tensor": key, "metadata": metadata})
 
 
 class FakeSGLang(Strict):
@@ -369,6 +395,7 @@ class FakeSGLang(Strict):
         return super().refuse(name)
 
     def do_begin_weight_update(self, selector: str = "all") -> tuple[bool, str]:
+        self.awake("weights")
         self.model.begin()
         return True, "Success"
 
@@ -376,16 +403,19 @@ class FakeSGLang(Strict):
         self, named_tensors: list[bytes], load_format: str | None = None, flush_cache: bool = True
     ) -> tuple[bool, str]:
         assert load_format == "flattened_bucket" and len(named_tensors) == self.tp and not flush_cache
-        payload = pickle.loads(named_tensors[0])
+        opened = [pickle.loads(payload) for payload in named_tensors]  # each rank its own
+        if len({payload["flattened_tensor"] for payload in opened}) != self.tp:
+            raise RuntimeError("a handle was opened twice: its destructor hangs")
+        flat, *_ = [SHARED.pop(payload["flattened_tensor"]) for payload in opened]
         tensors = []
-        for m in payload["metadata"]:
+        for m in opened[0]["metadata"]:
             if m.start_idx % m.dtype.itemsize:
                 return False, f"{m.name}: offset {m.start_idx} is no multiple of {m.dtype.itemsize}"
-            tensors.append((m.name, payload["flattened_tensor"][m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape)))
+            tensors.append((m.name, flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape)))
         try:
             self.model.load_weights(tensors)
         except (RuntimeError, ValueError) as error:
-            return False, f"{error}. The full weights of the ModelRunner are partially updated."
+            return False, str(error)
         return True, "Success"
 
     def do_end_weight_update(self) -> tuple[bool, str]:
@@ -445,12 +475,15 @@ class FakeSGLang(Strict):
             context.term()
 
     def do_release_memory_occupation(self, tags: list[str] | None = None) -> None:
+        self.asleep = {"weights", "kv_cache", "cuda_graph"}
         self.model.drop()
 
-    def do_resume_memory_occupation(self, tags: list[str] | None = None) -> None: ...
+    def do_resume_memory_occupation(self, tags: list[str] | None = None) -> None:
+        self.wake(tags)
 
     def do_generate(self, *, input_ids: Any = None, sampling_params: Any = None, return_logprob: bool = False) -> list[Any]:
         assert return_logprob
+        self.awake()
         drawn = []
         for given in sampling_params:
             known = {"temperature", "top_p", "min_p", "max_new_tokens", "top_k", "stop", "stop_token_ids", "ignore_eos",
@@ -514,15 +547,23 @@ class FakeTensorRTLLM(Strict):
     def rpc(self, *args: Any, **kwargs: Any) -> list[Any]:
         bind(self.contract.parameters("_collective_rpc"), args, kwargs)
         method, args = args[0], kwargs.get("args", ())
+        self.hang(method)
         self.calls.append(method)
         if method == "sleep":
-            self.model.drop()
+            (tags,) = args
+            self.asleep |= set(tags)
+            if "model" in tags:
+                self.model.drop()
             return [True]
         if method == "wakeup":
+            self.wake(*args)
             return [True]
+        if method == "fastrlhf_begin":
+            self.awake("model")
         return [getattr(self.worker, method)(*args)] * self.workers
 
     def do_generate(self, inputs: Any, sampling_params: Any = None, use_tqdm: bool = True) -> list[Any]:
+        self.awake()
         return outputs_of(
             self.model.draw([p["prompt_token_ids"] for p in inputs], [s.sampling() for s in sampling_params],
                             [s.seed for s in sampling_params])

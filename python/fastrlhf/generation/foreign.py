@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from concurrent import futures
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +18,7 @@ from ..models import Decoder
 from ..models.checkpoint import named_weights
 from ..refit.memory import ALIGN
 from ..refit.session import Refit, Session, Target, Transfer
-from ..refit.states import RefitError
+from ..refit.states import PeerLost, RefitError
 from .engine import Completion, Finished, GenerationStats, Sampling
 
 BUCKET = 512 << 20
@@ -123,12 +127,60 @@ class Staging:
         return out
 
 
+class Calls:
+    """Calls into an engine by name, each on a thread, because none of them takes a timeout. One that does not answer in time
+    cannot be stopped: until it returns nothing else is asked of the engine.
+
+    Raises:
+        PeerLost: from `start`, `wait` and a call: no answer by the end of the phase, or the call before has not returned.
+    """
+
+    def __init__(self, name: str, engine: Any) -> None:
+        self.name, self.engine = name, engine
+        self._call, self._answer = "", Future[Any]()
+        self._answer.set_result(None)
+        self.phase(0.0)
+
+    def phase(self, seconds: float) -> None:
+        """Whatever is asked from here on is to be answered within `seconds` of now, all together."""
+        self._seconds, self._end = seconds, time.monotonic() + seconds
+
+    def start(self, call: str, *args: Any, **kwargs: Any) -> None:
+        if not self._answer.done():
+            raise PeerLost(f"{self.name}: {self._call} has not returned yet")
+        self._call, self._answer = call, Future()
+        function, answer = getattr(self.engine, call), self._answer
+
+        def run() -> None:
+            try:
+                answer.set_result(function(*args, **kwargs))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def wait(self) -> Future[Any]:
+        """Of the call that was started last, answered or failed."""
+        if not futures.wait([self._answer], max(0.0, self._end - time.monotonic())).done:
+            raise PeerLost(f"{self.name}: {self._call}: no answer within {self._seconds:g} s")
+        return self._answer
+
+    def __call__(self, call: str, *args: Any, **kwargs: Any) -> Any:
+        self.start(call, *args, **kwargs)
+        return self.wait().result()
+
+
 class ForeignEngine:
-    """An `Engine` whose weights come as whole tensors by Hugging Face names."""
+    """An `Engine` whose weights come as whole tensors by Hugging Face names. A refit waits for other threads' requests."""
+
+    weights_memory = "weights"  # as the engine names what may be asleep
 
     def __init__(self, model: Decoder, target: Target, *, mode: str, timeout: float) -> None:
+        require_drain(mode)
         self.model, self.stats = model, GenerationStats()
         self.session = Session(target, mode=mode, timeout=timeout)
+        self._idle = threading.Lock()
+        self._asleep: set[str] = set()
 
     @property
     def version(self) -> int:
@@ -137,21 +189,32 @@ class ForeignEngine:
     def update_weights(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Refit:
         if weights is not None:
             raise ValueError("weights: expected None, they are those of the model that the engine was made for")
-        return self.session.refit(version)
+        if self.weights_memory in self._asleep:
+            raise RefitError(f"refit: {self.weights_memory} is asleep: wake it first; the rest may be woken after the refit")
+        if not self._idle.acquire(timeout=self.session.timeout):
+            raise RefitError(f"refit: requests are still running after {self.session.timeout:g} s; nothing was written")
+        try:
+            return self.session.refit(version)
+        finally:
+            self._idle.release()
 
     def generate(
         self, prompts: Seq[Seq[int]], sampling: Sampling, *, seeds: Seq[int] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:  # fmt: skip
-        version = self.session.require_serving()
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"seeds: expected {len(prompts)}, one for each prompt, got {len(seeds)}")
+        with self._idle:
+            version = self.session.require_serving()
+            if self._asleep:
+                raise RefitError(f"engine: {', '.join(sorted(self._asleep))} asleep: wake it first")
+            drawn = self._draw([list(p) for p in prompts], sampling, seeds)
         out = [
             [
                 Completion(tokens, logprobs, reason, version, ((version, len(tokens)),) if tokens else ())
                 for tokens, logprobs, reason in group
             ]
-            for group in self._draw([list(p) for p in prompts], sampling, seeds)
+            for group in drawn
         ]
         self.stats = GenerationStats(
             prompt_tokens=sum(map(len, prompts)), completion_tokens=sum(len(c.tokens) for g in out for c in g)
@@ -168,6 +231,9 @@ class ForeignEngine:
     def close(self) -> None:
         self.session.target.close()
 
+    def _woken(self, tags: Seq[str] | None) -> None:
+        self._asleep = set() if tags is None else self._asleep - set(tags)
+
     def _draw(
         self, prompts: list[list[int]], sampling: Sampling, seeds: Seq[int] | None
     ) -> list[list[tuple[list[int], list[float], str]]]:
@@ -180,10 +246,15 @@ class WholeTensors:
 
     atomic = False  # all of them write what they serve
 
-    def __init__(self, model: Decoder, limit: int, *, one_dtype: bool = False) -> None:
-        self.model, self.limit, self.one_dtype = model, limit, one_dtype
+    def __init__(self, calls: Calls, model: Decoder, limit: int, *, one_dtype: bool = False) -> None:
+        self.calls, self.model, self.limit, self.one_dtype = calls, model, limit, one_dtype
         self.manifest = Manifest()
-        self.epoch = 0
+        self.epoch, self.timeout = 0, 0.0
+
+    def begin(self, epoch: int, version: int, mode: str, timeout: float) -> None:
+        """No request is running: the engine has seen to that."""
+        self.epoch, self.timeout = epoch, timeout
+        self.calls.phase(timeout)
 
     def _buckets(self) -> Iterator[Bucket]:
         self.manifest.begin()
@@ -207,6 +278,12 @@ def device_key(device: torch.device, *, prefix: bool) -> str:
         return device.type
     bare = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
     return "GPU-" + bare if prefix else bare
+
+
+def require_drain(mode: str) -> None:
+    """ValueError for another mode: `generate` returns when its requests have ended, so there are none to abort or to keep."""
+    if mode != "drain":
+        raise ValueError(f"mode: expected 'drain', this engine's requests have ended when generate returns; got {mode!r}")
 
 
 def one_worker(options: Mapping[str, Any], sizes: Seq[str], why: str = "a worker on another GPU has no handle") -> None:

@@ -44,8 +44,8 @@ class UpdateInfo:
 
 
 def unpacked(buffer: Tensor, info: UpdateInfo) -> list[tuple[str, Tensor]]:
-    """Copies of a bucket's tensors: vLLM keeps what it is given until it has counted every element of a module, which for a padded
-    one is at the end, when the buffer holds other tensors."""
+    """Copies of a bucket's tensors: vLLM keeps what it is given until it has counted every element of a module, of a padded one
+    until the end, when the buffer holds others."""
     out = []
     for name, dtype_name, shape, at in zip(info.names, info.dtype_names, info.shapes, info.offsets, strict=True):
         dtype = getattr(torch, dtype_name)
