@@ -4,16 +4,17 @@ engine would do wrong after a misuse, these do."""
 from __future__ import annotations
 
 import inspect
-import io
+import itertools
+import math
 import pickle
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from fastrlhf.generation import EmbeddedEngine, Sampling
-from fastrlhf.generation.foreign import module_of
 from fastrlhf.generation.tensorrt_llm_worker import extension
 from fastrlhf.generation.vllm_worker import make_engine
 from fastrlhf.models import Decoder
@@ -46,6 +47,24 @@ class Strict:
         self.contract = contract.load(engine)
         self.state = self.contract.start
         self.calls: list[str] = []
+        self.hangs_at, self.released = "", threading.Event()
+        self.asleep: set[str] = set()
+        self.room = True  # for more than the weights
+
+    def hang(self, name: str) -> None:
+        """A worker that hangs, until it is released."""
+        if name == self.hangs_at:
+            self.released.wait(20)
+
+    def wake(self, tags: list[str] | None) -> None:
+        tags = sorted(self.asleep) if tags is None else tags
+        if not self.room and set(tags) - {"weights", "model"}:
+            raise RuntimeError("CUDA out of memory")
+        self.asleep -= set(tags)
+
+    def awake(self, *tags: str) -> None:
+        if self.asleep & set(tags or self.asleep):
+            raise RuntimeError(f"an illegal memory access: {sorted(self.asleep)} asleep")
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith(("do_", "__")) or not hasattr(type(self), "do_" + name):
@@ -53,6 +72,7 @@ class Strict:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             bind(self.contract.parameters(name), args, kwargs)
+            self.hang(name)
             self.calls.append(name)
             after = self.contract.states[self.state].get(name)
             if after is None:
@@ -74,42 +94,37 @@ class Strict:
 
 
 class Model:
-    """What an engine holds: weights that are taken module by module, and a prefix cache that remembers completions."""
+    """What an engine holds: weights that are written as they come, and a prefix cache that remembers completions."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.engine = EmbeddedEngine(decoder)
-        self._wanted = {n: tuple(t.shape) for n, t in named_weights(decoder)}
+        self.wanted = {n: tuple(t.shape) for n, t in named_weights(decoder)}
         self._loaders = _loaders(decoder)
-        self.pending: dict[str, dict[str, Tensor]] | None = None
+        self.got: set[str] = set()
         self.cache: dict[Any, Any] = {}
         self.fails_at = ""
 
     def begin(self) -> None:
-        self.pending = {}
+        self.got = set()
 
     def load_weights(self, weights: list[tuple[str, Tensor]]) -> None:
-        assert self.pending is not None
         for name, tensor in weights:
-            if name == self.fails_at:
-                raise RuntimeError(f"{name}: out of memory")
-            if name not in self._wanted or tuple(tensor.shape) != self._wanted[name]:
+            if name not in self.wanted or tuple(tensor.shape) != self.wanted[name]:
                 raise ValueError(f"{name}: not a tensor of this model, or of shape {tuple(tensor.shape)}")
-            module = module_of(name)
-            group = self.pending.setdefault(module, {})
-            if name in group:
+            if name in self.got:
                 raise ValueError(f"{name}: came twice")
-            group[name] = tensor  # kept as it is until the module is complete: a view of whatever it lies in
-            if len(group) == sum(module_of(n) == module for n in self._wanted):
-                for n, t in group.items():
-                    self._loaders[n](t)
+            self.got.add(name)
+            self.load(name, tensor)
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        if name == self.fails_at:
+            raise RuntimeError(f"{name}: out of memory")
+        self._loaders[name](tensor)
 
     def finish(self) -> None:
-        assert self.pending is not None
-        got = {n for group in self.pending.values() for n in group}
-        self.pending = None
-        if got != self._wanted.keys():
-            raise RuntimeError(f"{len(self._wanted.keys() - got)} weights did not come: their modules are left unprocessed")
+        if missing := self.wanted.keys() - self.got:
+            raise RuntimeError(f"{len(missing)} weights did not come: their modules are left unprocessed")
 
     def draw(self, prompts: list[list[int]], samplings: list[Sampling], seeds: list[int]) -> list[list[Any]]:
         out = []
@@ -128,17 +143,37 @@ class Model:
 
 # --------------------------------------------------------------------------------------------------------------------- vLLM
 
-SHARED: dict[str, Tensor] = {}  # handles of memory, in place of CUDA's
+SHARED: dict[bytes, Tensor] = {}  # handles of memory, in place of CUDA's
 
 
 def reduce_shared(t: Tensor) -> tuple[Any, tuple[Any, ...]]:
-    key = f"handle-{t.data_ptr()}"
+    """As torch reduces a CUDA tensor."""
+    key = str(t.data_ptr()).encode()
     SHARED[key] = t
-    return rebuild_shared, (key, None, None, None, None, None, 0)
+    return rebuild_shared, (
+        type(t), t.size(), t.stride(), t.storage_offset(), torch.storage.TypedStorage, t.dtype, 0,
+        key, t.untyped_storage().nbytes(), 0, t.requires_grad, b"counter", 0, b"event", True,
+    )  # fmt: skip
 
 
-def rebuild_shared(key: str, *_: Any) -> Tensor:
-    return SHARED[key]
+def rebuild_shared(
+    cls: Any, size: Any, stride: Any, offset: int, storage: Any, dtype: Any, device: Any, handle: bytes, *rest: Any
+) -> Tensor:
+    assert (cls, storage, len(rest)) == (Tensor, torch.storage.TypedStorage, 7)
+    t = SHARED[handle]
+    assert (size, stride, offset, dtype) == (t.size(), t.stride(), t.storage_offset(), t.dtype)
+    return t
+
+
+def carried(value: Any) -> Any:
+    """What comes out at the other end of vLLM's msgpack: TypeError for a class or a dtype, lists for tuples."""
+    if type(value) in (list, tuple):
+        return [carried(v) for v in value]
+    if type(value) is dict:
+        return {carried(k): carried(v) for k, v in value.items()}
+    if value is not None and type(value) not in (bool, int, float, str, bytes):
+        raise TypeError(f"Object of type {type(value)} is not serializable")
+    return value
 
 
 @dataclass
@@ -183,30 +218,99 @@ class WorkerBase:
         self.receive_weights(self.update_info_cls(**update_info))  # type: ignore[attr-defined]
 
 
-class Held:
-    """A module as a worker has it: parameters and `load_weights`."""
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
 
-    def __init__(self, model: Model) -> None:
-        self.held = model
+
+@dataclass
+class Loading:
+    """vLLM's LayerReloadingInfo."""
+
+    load_numel: int = 0
+    load_numel_total: int | None = None
+    loaded_weights: list[tuple[str, Tensor]] = field(default_factory=list)
+    kernel_tensors: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+
+
+class Module:
+    """`names`: of the tensors it is loaded from; `numel`: of its parameters, rows of padding among them."""
+
+    def __init__(self, names: list[str], numel: int) -> None:
+        self.names, self.numel, self.info = names, numel, Loading()
+
+
+class Layerwise(Model):
+    """vLLM's model and its layerwise reload: a load is put off until the last element of its module has come, or to the end
+    where padding never does; a module that is being loaded is not made ready again, and one that is done takes no more."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder)
+        groups: dict[str, list[str]] = {}
+        for name in self.wanted:
+            owner, _, last = name.rpartition(".")[0].rpartition(".")
+            groups.setdefault(f"{owner}.{FUSED.get(last, last)}", []).append(name)
+        self._modules = [Module(names, sum(map(self._numel, names))) for names in groups.values()]
+
+    def _numel(self, name: str) -> int:
+        rows, *rest = self.wanted[name]
+        padded = -(-rows // 64) * 64 if "embed_tokens" in name or "lm_head" in name else rows
+        return math.prod([padded, *rest])
+
+    def modules(self) -> list[Module]:
+        return self._modules
 
     def named_parameters(self) -> Any:
-        return self.held.decoder.named_parameters()
+        return self.decoder.named_parameters()
 
-    def load_weights(self, weights: Any) -> None:
-        self.held.load_weights(weights)
+    def begin(self) -> None:
+        for module in self._modules:
+            if module.info.load_numel_total is None:
+                module.info = Loading(0, module.numel, [], ({}, {}))
+
+    def load_weights(self, weights: list[tuple[str, Tensor]]) -> None:
+        for name, tensor in weights:
+            if name not in self.wanted or tuple(tensor.shape) != self.wanted[name]:
+                raise ValueError(f"{name}: not a tensor of this model, or of shape {tuple(tensor.shape)}")
+            module = next(m for m in self._modules if name in m.names)
+            info = module.info
+            if info.load_numel_total is None:
+                continue
+            info.loaded_weights.append((name, tensor))
+            if name == self.fails_at:
+                raise RuntimeError(f"{name}: out of memory")
+            info.load_numel += tensor.numel()
+            if info.load_numel >= info.load_numel_total:
+                self._process(module)
+
+    def _process(self, module: Module) -> None:
+        for name, tensor in module.info.loaded_weights:
+            self.load(name, tensor)
+        module.info = Loading()
+
+    def finish(self) -> None:
+        for module in self._modules:
+            if module.info.load_numel:
+                self._process(module)
+            module.info = Loading()
 
 
 class FakeVLLM(Strict):
-    def __init__(self, decoder: Decoder, workers: int = 2) -> None:
+    def __init__(self, decoder: Decoder, **sizes: int) -> None:
         super().__init__("vllm")
-        self.model = Model(decoder)
+        parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1} | sizes
+        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(**parallel)))
+        self.model = Layerwise(decoder)
         reload = SimpleNamespace(
-            initialize_layerwise_reload=lambda held: held.held.begin(),
-            finalize_layerwise_reload=lambda held, config: held.held.finish(),
+            initialize_layerwise_reload=lambda model: model.begin(),
+            finalize_layerwise_reload=lambda model, config: model.finish(),
+            get_layerwise_info=lambda module: module.info,
         )
-        engine = make_engine(WorkerBase, reload)
-        # the first worker's model is looked at; the others must take the same
-        self.workers = [engine(None, None, torch.device("cpu"), Held(self.model))]
+        self.worker = make_engine(WorkerBase, reload)(None, None, torch.device("cpu"), self.model)
         self.version: str | None = None
         self.running = False
 
@@ -214,25 +318,21 @@ class FakeVLLM(Strict):
         return "idle" if name == "update_weights" else before
 
     def do_init_weight_transfer_engine(self, request: dict[str, Any]) -> None:
-        for w in self.workers:
-            w.init_transfer_engine(w.init_info_cls(**request["init_info"]))
+        self.worker.init_transfer_engine(self.worker.init_info_cls(**carried(request["init_info"])))
 
     def do_start_weight_update(self) -> None:
-        for w in self.workers:
-            w.start_weight_update()
+        self.awake("weights")
+        self.worker.start_weight_update()
 
     def do_update_weights(self, request: dict[str, Any]) -> None:
-        for w in self.workers:
-            w.update_weights(request["update_info"])
+        self.worker.update_weights(carried(request["update_info"]))
 
     def do_finish_weight_update(self, weight_version: str | None = None) -> None:
-        for w in self.workers:
-            w.finish_weight_update()
+        self.worker.finish_weight_update()
         self.version = weight_version
 
     def do_shutdown_weight_transfer_engine(self) -> None:
-        for w in self.workers:
-            w.shutdown()
+        self.worker.shutdown()
 
     def do_reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         if self.running:
@@ -241,13 +341,16 @@ class FakeVLLM(Strict):
         return True
 
     def do_sleep(self, level: int = 1, mode: str = "abort") -> None:
+        self.asleep = {"weights", "kv_cache"}
         if level >= 2:
             self.model.drop()
 
     def do_wake_up(self, tags: list[str] | None = None) -> bool:
-        return True
+        self.wake(tags)
+        return not self.asleep
 
     def do_generate(self, prompts: Any, sampling_params: Any = None, *, use_tqdm: bool = True) -> list[Any]:
+        self.awake()
         return outputs_of(
             self.model.draw([p["prompt_token_ids"] for p in prompts], [s.sampling() for s in sampling_params],
                             [s.seed for s in sampling_params])
@@ -267,6 +370,9 @@ class Metadata:
     numel: int
 
 
+HANDLES = (f"bucket {i}".encode() for i in itertools.count())
+
+
 def flatten(tensors: list[tuple[str, Tensor]]) -> bytes:
     """As FlattenedTensorBucket and MultiprocessingSerializer do: bytes back to back."""
     at, metadata = 0, []
@@ -274,9 +380,8 @@ def flatten(tensors: list[tuple[str, Tensor]]) -> bytes:
         metadata.append(Metadata(name, t.shape, t.dtype, at, at + t.nbytes, t.nbytes))
         at += t.nbytes
     flat = torch.cat([t.detach().contiguous().flatten().view(torch.uint8) for _, t in tensors])
-    out = io.BytesIO()
-    pickle.dump({"flattened_tensor": flat, "metadata": metadata}, out)
-    return out.getvalue()
+    key, SHARED[key] = next(HANDLES), flat
+    return pickle.dumps({"flattened_tensor": key, "metadata": metadata})
 
 
 class FakeSGLang(Strict):
@@ -290,6 +395,7 @@ class FakeSGLang(Strict):
         return super().refuse(name)
 
     def do_begin_weight_update(self, selector: str = "all") -> tuple[bool, str]:
+        self.awake("weights")
         self.model.begin()
         return True, "Success"
 
@@ -297,16 +403,19 @@ class FakeSGLang(Strict):
         self, named_tensors: list[bytes], load_format: str | None = None, flush_cache: bool = True
     ) -> tuple[bool, str]:
         assert load_format == "flattened_bucket" and len(named_tensors) == self.tp and not flush_cache
-        payload = pickle.loads(named_tensors[0])
+        opened = [pickle.loads(payload) for payload in named_tensors]  # each rank its own
+        if len({payload["flattened_tensor"] for payload in opened}) != self.tp:
+            raise RuntimeError("a handle was opened twice: its destructor hangs")
+        flat, *_ = [SHARED.pop(payload["flattened_tensor"]) for payload in opened]
         tensors = []
-        for m in payload["metadata"]:
+        for m in opened[0]["metadata"]:
             if m.start_idx % m.dtype.itemsize:
                 return False, f"{m.name}: offset {m.start_idx} is no multiple of {m.dtype.itemsize}"
-            tensors.append((m.name, payload["flattened_tensor"][m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape)))
+            tensors.append((m.name, flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape)))
         try:
             self.model.load_weights(tensors)
         except (RuntimeError, ValueError) as error:
-            return False, f"{error}. The full weights of the ModelRunner are partially updated."
+            return False, str(error)
         return True, "Success"
 
     def do_end_weight_update(self) -> tuple[bool, str]:
@@ -366,12 +475,15 @@ class FakeSGLang(Strict):
             context.term()
 
     def do_release_memory_occupation(self, tags: list[str] | None = None) -> None:
+        self.asleep = {"weights", "kv_cache", "cuda_graph"}
         self.model.drop()
 
-    def do_resume_memory_occupation(self, tags: list[str] | None = None) -> None: ...
+    def do_resume_memory_occupation(self, tags: list[str] | None = None) -> None:
+        self.wake(tags)
 
     def do_generate(self, *, input_ids: Any = None, sampling_params: Any = None, return_logprob: bool = False) -> list[Any]:
         assert return_logprob
+        self.awake()
         drawn = []
         for given in sampling_params:
             known = {"temperature", "top_p", "min_p", "max_new_tokens", "top_k", "stop", "stop_token_ids", "ignore_eos",
@@ -416,17 +528,15 @@ class WorkerExtension:
         assert key == "GPU-cpu"
         weights = []
         for name, (rebuild, arguments) in entries:
-            patched = list(arguments)
-            patched[6] = 0
-            weights.append((name, rebuild(*patched)))
+            weights.append((name, rebuild(*arguments[:6], 0, *arguments[7:])))
         self.buckets += 1
         self.model.load_weights(weights)
 
 
 class FakeTensorRTLLM(Strict):
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, workers: int = 1) -> None:
         super().__init__("tensorrt-llm")
-        self.model = Model(decoder)
+        self.model, self.workers = Model(decoder), workers
         self.worker = extension(WorkerExtension, lambda _: "GPU-cpu", (rebuild_shared,))(self.model)
 
     def __getattr__(self, name: str) -> Any:
@@ -437,15 +547,23 @@ class FakeTensorRTLLM(Strict):
     def rpc(self, *args: Any, **kwargs: Any) -> list[Any]:
         bind(self.contract.parameters("_collective_rpc"), args, kwargs)
         method, args = args[0], kwargs.get("args", ())
+        self.hang(method)
         self.calls.append(method)
         if method == "sleep":
-            self.model.drop()
+            (tags,) = args
+            self.asleep |= set(tags)
+            if "model" in tags:
+                self.model.drop()
             return [True]
         if method == "wakeup":
+            self.wake(*args)
             return [True]
-        return [getattr(self.worker, method)(*args)]
+        if method == "fastrlhf_begin":
+            self.awake("model")
+        return [getattr(self.worker, method)(*args)] * self.workers
 
     def do_generate(self, inputs: Any, sampling_params: Any = None, use_tqdm: bool = True) -> list[Any]:
+        self.awake()
         return outputs_of(
             self.model.draw([p["prompt_token_ids"] for p in inputs], [s.sampling() for s in sampling_params],
                             [s.seed for s in sampling_params])

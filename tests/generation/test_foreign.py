@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
+from concurrent import futures
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fastrlhf.errors import ConfigError
 from fastrlhf.generation import EmbeddedEngine, Sampling, foreign, tensorrt_llm, vllm, vllm_worker
 from fastrlhf.generation.foreign import Bucket, Manifest, Staging, buckets
 from fastrlhf.generation.select import ENGINES, GenerationConfig, make_engine
 from fastrlhf.generation.sglang import SGLangEngine
 from fastrlhf.generation.tensorrt_llm import TensorRTLLMEngine
 from fastrlhf.generation.vllm import VLLMEngine
-from fastrlhf.models import Decoder
+from fastrlhf.models import Decoder, DecoderConfig
 from fastrlhf.refit import Poisoned, RefitError, State, contract
 from fastrlhf.refit.contract import ContractError
 from fastrlhf.refit.layouts import catalogue_for, layout
@@ -24,6 +28,7 @@ from fastrlhf.refit.live import catalogue_of, parameters_of
 from fastrlhf.refit.refitter import RefitterTarget
 from fastrlhf.refit.session import Session
 from fastrlhf.refit.shapes import model_of
+from fastrlhf.refit.states import PeerLost
 from fastrlhf.refit.transports import checkpoint_engine
 
 from ..refit import processes as P
@@ -42,20 +47,24 @@ def shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "reduce_tensor", fakes.reduce_shared)
     monkeypatch.setattr(tensorrt_llm, "reduce_tensor", fakes.reduce_shared)
     monkeypatch.setattr(checkpoint_engine, "reduce_tensor", fakes.reduce_shared)
-    monkeypatch.setattr(vllm_worker, "opened", lambda handles, device: fakes.rebuild_shared(*handles["cpu"]))
+    monkeypatch.setattr(vllm_worker, "rebuild_cuda_tensor", fakes.rebuild_shared)
 
 
-def made(name: str, model: Decoder, limit: int = LIMIT) -> tuple[Any, Any]:
+def made(name: str, model: Decoder, limit: int = LIMIT, **options: Any) -> tuple[Any, Any]:
     """(the adapter, the fake)."""
-    other = P.decoder(99)
+    other = Decoder(model.config).initialize(99)
     if name == "vllm":
         fake: Any = fakes.FakeVLLM(other)
-        return VLLMEngine(fake, fakes.Parameters, model, limit=limit), fake
+        return VLLMEngine(fake, fakes.Parameters, model, limit=limit, **options), fake
     if name == "sglang":
         fake = fakes.FakeSGLang(other, tp=2)
-        return SGLangEngine(fake, fakes.flatten, model, tp=2, limit=limit), fake
+        return SGLangEngine(fake, fakes.flatten, model, tp=2, limit=limit, **options), fake
     fake = fakes.FakeTensorRTLLM(other)
-    return TensorRTLLMEngine(fake, fakes.Parameters, model, limit=limit), fake
+    return TensorRTLLMEngine(fake, fakes.Parameters, model, limit=limit, **options), fake
+
+
+def same(model: Decoder, fake: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(model.parameters(), fake.model.decoder.parameters(), strict=True))
 
 
 NAMES = ("vllm", "sglang", "tensorrt-llm")
@@ -76,9 +85,8 @@ def test_refits_and_completions(name: str, limit: int) -> None:
         engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
     for version in range(3):
         done = engine.update_weights(None, version)
-        assert done.nbytes == sum(p.nbytes for p in model.parameters()) and done.copied == done.nbytes * (
-            1 if name[-3:] == "llm" and name != "vllm" else 2
-        )
+        assert done.nbytes == sum(p.nbytes for p in model.parameters())
+        assert done.copied == done.nbytes * {"vllm": 3, "sglang": 2, "tensorrt-llm": 1}[name]
         own = EmbeddedEngine(model)
         seeds = P.SEEDS
         if name == "sglang":  # its seeds are of each sample
@@ -106,24 +114,24 @@ def test_a_failure_on_the_way_poisons_and_the_next_refit_heals(name: str) -> Non
     with pytest.raises(Poisoned, match="refit 2 failed"):
         engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
     fake.model.fails_at = ""
+    change(model)
     engine.update_weights(None, 2)
-    for (_, a), (_, b) in zip(model.named_parameters(), fake.model.decoder.named_parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert same(model, fake)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_failure_as_the_engine_makes_itself_ready_poisons(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One worker may have changed its layers, another not."""
     model = P.decoder(0)
-    engine, _fake = made(name, model)
+    engine, fake = made(name, model)
     engine.update_weights(None, 0)
-    begin = fakes.Model.begin
+    begin = type(fake.model).begin
 
     def half(self: fakes.Model) -> None:
         begin(self)
         raise MemoryError("out of memory in the second worker")
 
-    monkeypatch.setattr(fakes.Model, "begin", half)
+    monkeypatch.setattr(type(fake.model), "begin", half)
     with pytest.raises(Exception, match="out of memory"):
         engine.update_weights(None, 1)
     assert engine.session.state is State.POISONED
@@ -159,6 +167,186 @@ def test_weights_that_were_dropped_in_sleep_are_not_served(name: str) -> None:
     assert engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
 
 
+def test_vllm_is_sent_plain_values() -> None:
+    """vLLM's messages refuse classes: torch's handle of a CUDA tensor has three, and a dtype."""
+    buffer = torch.arange(12, dtype=torch.uint8)
+    with pytest.raises(TypeError, match="not serializable"):
+        fakes.carried(fakes.reduce_shared(buffer)[1])
+    sent = fakes.carried({"cpu": vllm.exported(buffer)})
+    assert vllm_worker.opened(sent, torch.device("cpu")) is buffer
+    with pytest.raises(ValueError, match=r"handles: none for GPU cpu, only for \['other'\]"):
+        vllm_worker.opened({"GPU-other": []}, torch.device("cpu"))
+
+
+def test_an_engine_of_several_workers_is_refused_when_it_is_made() -> None:
+    """Only the trainer's own GPU has a handle of the weights."""
+    model = P.decoder(0)
+    with pytest.raises(ValueError, match=r"tensor_parallel_size: expected 1, .* got 2"):
+        VLLMEngine(fakes.FakeVLLM(P.decoder(1), tensor_parallel_size=2), fakes.Parameters, model)
+    with pytest.raises(ValueError, match=r"tensor_parallel_size: expected 1, .* got 2"):
+        TensorRTLLMEngine(fakes.FakeTensorRTLLM(P.decoder(1), workers=2), fakes.Parameters, model)
+    for engine, size in (("vllm", "data_parallel_size"), ("tensorrt-llm", "pipeline_parallel_size"), ("sglang", "dp_size")):
+        config = GenerationConfig(engine=engine, options={size: 2})
+        with pytest.raises(ConfigError, match=rf"generation.engine: {engine}: {size}: expected 1, .* got 2"):
+            make_engine(config, model, None, "")
+
+
+CALLS = {
+    "vllm": (
+        "init_weight_transfer_engine",
+        "start_weight_update",
+        "update_weights",
+        "finish_weight_update",
+        "reset_prefix_cache",
+    ),
+    "sglang": ("begin_weight_update", "update_weights_from_tensor", "end_weight_update", "flush_cache"),
+    "tensorrt-llm": ("fastrlhf_begin", "fastrlhf_update", "fastrlhf_commit"),
+}
+
+
+@pytest.mark.parametrize(("name", "call"), [(name, call) for name, calls in CALLS.items() for call in calls])
+def test_a_call_that_hangs_is_given_up_and_the_engine_poisoned(name: str, call: str) -> None:
+    model = P.decoder(0)
+    engine, fake = made(name, model, timeout=0.5)
+    if call != "init_weight_transfer_engine":  # of the first refit alone
+        engine.update_weights(None, 0)
+    fake.hangs_at = call
+    change(model)
+    with pytest.raises(PeerLost, match=r"no answer within 0.5 s"):
+        engine.update_weights(None, 1)
+    assert engine.session.state is (State.EMPTY if call == "init_weight_transfer_engine" else State.POISONED)
+    with pytest.raises(Poisoned):
+        engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
+    with pytest.raises(PeerLost, match="has not returned yet"):
+        engine.update_weights(None, 2)
+    fake.hangs_at = ""
+    fake.released.set()
+    engine.session.target.calls.phase(10)
+    futures.wait([engine.session.target.calls.wait()])
+    engine.session.timeout = 60
+    change(model)
+    assert engine.update_weights(None, 3).version == 3
+    assert same(model, fake)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_refit_waits_for_requests(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-LLM stores the blocks of running requests after the prefix cache was reset; so do these fakes."""
+    model = P.decoder(0)
+    engine, fake = made(name, model)
+    engine.update_weights(None, 0)
+    drawn, release = threading.Event(), threading.Event()
+    generate = fake.model.engine.generate
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        out = generate(*args, **kwargs)
+        drawn.set()
+        release.wait(20)
+        return out
+
+    monkeypatch.setattr(fake.model.engine, "generate", slow)
+    requests = threading.Thread(target=lambda: engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS))
+    requests.start()
+    drawn.wait(20)
+    change(model)
+    engine.session.timeout = 0.1
+    with pytest.raises(RefitError, match=r"requests are still running after 0.1 s; nothing was written"):
+        engine.update_weights(None, 1)
+    assert engine.session.state is State.SERVING and engine.version == 0
+    engine.session.timeout = 60
+    threading.Timer(0.2, release.set).start()
+    engine.update_weights(None, 1)
+    requests.join()
+    other, _ = made(name, model)
+    other.update_weights(None, 1)
+    got = engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
+    assert got == other.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modes_that_an_engine_does_not_have_are_refused(name: str) -> None:
+    for mode in ("abort", "keep"):
+        with pytest.raises(ValueError, match=f"mode: expected 'drain', .* got '{mode}'"):
+            made(name, P.decoder(0), mode=mode)
+        with pytest.raises(ConfigError, match=rf"generation.engine: {name}: mode: expected 'drain', .* got '{mode}'"):
+            make_engine(GenerationConfig(engine=name, mode=mode), P.decoder(0), None, "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_can_be_woken_and_replaced_before_the_rest_is_woken(name: str) -> None:
+    """vllm#15254: waking took memory for everything at once, beside the trainer's."""
+    model = P.decoder(0)
+    engine, fake = made(name, model)
+    engine.update_weights(None, 0)
+    engine.sleep(*([2] if name == "vllm" else []))
+    with pytest.raises(RefitError, match=f"refit: {engine.weights_memory} is asleep"):
+        engine.update_weights(None, 1)
+    fake.room = False
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.wake()
+    engine.wake([engine.weights_memory])
+    engine.update_weights(None, 1)
+    with pytest.raises(RefitError, match="kv_cache asleep: wake it first"):
+        engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
+    fake.room = True
+    engine.wake(sorted(fake.asleep))
+    assert engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS) and same(model, fake)
+
+
+def test_tensorrt_llms_weights_are_not_trusted_after_sleep_and_its_cache_alone_may_sleep() -> None:
+    engine, _fake = made("tensorrt-llm", P.decoder(0))
+    engine.update_weights(None, 0)
+    engine.sleep(["kv_cache"])
+    engine.wake(["kv_cache"])
+    assert engine.generate(P.PROMPTS, DRAWN, seeds=P.SEEDS)
+    with pytest.raises(TypeError, match="restore"):
+        engine.sleep(restore="CPU")
+
+
+def test_sglangs_ranks_each_open_a_handle_of_their_own() -> None:
+    """sglang#17870: one that is opened twice hangs in its destructor."""
+    model = P.decoder(0)
+    engine, _ = made("sglang", model)
+    engine.update_weights(None, 0)
+    target, serialise, bucket = engine.session.target, engine.session.target.serialise, {}
+    target.serialise = lambda tensors: bucket.setdefault(tensors[0][0], serialise(tensors))
+    with pytest.raises(RuntimeError, match="a handle was opened twice"):
+        engine.update_weights(None, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tied_head_is_no_weight_that_was_left_out(name: str) -> None:
+    """labs-molt#26: a check for stale weights took it for one."""
+    model = Decoder(DecoderConfig.from_hf(P.CONFIG | {"tie_word_embeddings": True})).initialize(0)
+    engine, fake = made(name, model)
+    for version in range(3):
+        engine.update_weights(None, version)
+        assert same(model, fake)
+        change(model)
+    assert fake.model.decoder.lm_head is None
+
+
+def test_no_socket_outlives_its_refit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA-NeMo/RL#2513: clients of earlier refits went on."""
+    zmq = pytest.importorskip("zmq")
+    model, opened = P.decoder(0), []
+
+    class Context(zmq.Context):  # type: ignore[misc,name-defined]
+        def socket(self, *args: Any, **kwargs: Any) -> Any:
+            opened.append((self, super().socket(*args, **kwargs)))
+            return opened[-1][1]
+
+    monkeypatch.setattr(zmq, "Context", Context)
+    fake = fakes.FakeSGLang(P.decoder(99))
+    engine = SGLangEngine(fake, fakes.flatten, model, limit=LIMIT, wire="checkpoint-engine")
+    for version, fails_at in enumerate(("", "model.layers.1.mlp.up_proj.weight", "")):
+        fake.model.fails_at = fails_at
+        with pytest.raises(RefitError) if fails_at else nullcontext():
+            engine.update_weights(None, version)
+        assert len(opened) == 2 * (version + 1)  # the sender's and the receiver's
+        assert all(context.closed and socket.closed for context, socket in opened)
+
+
 def test_checkpoint_engines_wire() -> None:
     """Over real sockets, with a name of this process's memory for a handle."""
     pytest.importorskip("zmq")
@@ -167,8 +355,7 @@ def test_checkpoint_engines_wire() -> None:
     engine = SGLangEngine(fake, fakes.flatten, model, limit=LIMIT, wire="checkpoint-engine")
     for version in range(2):
         engine.update_weights(None, version)
-        for a, b in zip(model.parameters(), fake.model.decoder.parameters(), strict=True):
-            assert torch.equal(a, b)
+        assert same(model, fake)
         change(model)
     fake.model.fails_at = "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(RefitError, match=r"checkpoint-engine worker: model.layers.1.mlp.up_proj.weight: out of memory"):
@@ -197,7 +384,7 @@ def test_the_fakes_refuse_what_the_contracts_do() -> None:
         worker.update_weights({})
     with pytest.raises(RuntimeError, match="epoch: 3 is not under way, None is"):
         worker.fastrlhf_update(3, {})
-    worker.fastrlhf_begin(4, "drain")
+    worker.fastrlhf_begin(4)
     with pytest.raises(RuntimeError, match="expected torch's rebuild_cuda_tensor"):
         worker.fastrlhf_update(4, {"cpu": [("w", (os.system, ("true",)))]})
     with pytest.raises(RuntimeError, match=r"none for GPU cpu, only for \['other'\]"):
@@ -208,36 +395,38 @@ def test_buckets_keep_modules_whole_where_they_fit() -> None:
     weights = [(f"model.layers.{i}.{n}", torch.zeros(100, dtype=torch.float32)) for i in range(5) for n in "abc"]
     found = list(buckets(weights, 7000))
     assert [n for b in found for n, _ in b.tensors] == [n for n, _ in weights]
-    assert all(b.whole for b in found) and 1 < len(found) < 5
+    assert 1 < len(found) < 5
     for b in found:
         assert {n.rpartition(".")[0] for n, _ in b.tensors}.isdisjoint(
             n.rpartition(".")[0] for other in found if other is not b for n, _ in other.tensors
         )
     torn = list(buckets(weights, 1000))
-    assert [n for b in torn for n, _ in b.tensors] == [n for n, _ in weights] and not any(b.whole for b in torn)
+    assert [n for b in torn for n, _ in b.tensors] == [n for n, _ in weights]
+    assert [len(b.tensors) for b in torn] == [1] * 15
     mixed = [("a", torch.zeros(3, dtype=torch.bfloat16)), ("b", torch.zeros(1)), ("c", torch.zeros(1, dtype=torch.bfloat16))]
     assert [len({t.dtype for _, t in b.tensors}) for b in buckets(mixed, 10_000, one_dtype=True)] == [1, 1, 1]
     assert len(list(buckets(mixed, 10_000))) == 1
 
 
-def test_a_bucket_of_torn_modules_is_copied_out_by_the_worker() -> None:
+def test_a_bucket_is_copied_out_by_the_worker() -> None:
     staging = Staging(4096, torch.device("cpu"))
     tensors = [("a", torch.arange(5.0)), ("b", torch.arange(3, dtype=torch.bfloat16)), ("c", torch.arange(7.0))]
-    for whole in (True, False):
-        at = staging.pack(Bucket(tensors, whole))
-        assert all(i % 512 == 0 for i in at)
-        info = vllm_worker.UpdateInfo(1, [n for n, _ in tensors], [str(t.dtype)[6:] for _, t in tensors],
-                                      [list(t.shape) for _, t in tensors], at, whole)  # fmt: skip
-        got = vllm_worker.views(staging.buffer, info)
-        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(got, tensors, strict=True))
-        staging.buffer.zero_()
-        assert bool(got[0][1].any()) != whole
+    at = staging.pack(Bucket(tensors))
+    assert all(i % 512 == 0 for i in at)
+    info = vllm_worker.UpdateInfo(
+        1, [n for n, _ in tensors], [str(t.dtype)[6:] for _, t in tensors], [list(t.shape) for _, t in tensors], at
+    )
+    got = vllm_worker.unpacked(staging.buffer, info)
+    staging.buffer.zero_()
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(got, tensors, strict=True))
+    with pytest.raises(RefitError, match="b: 4096 bytes do not fit the staging buffer of 4096"):
+        staging.pack(Bucket([("a", torch.zeros(1)), ("b", torch.zeros(1024))]))
     with pytest.raises(ValueError, match="offsets: expected 2, one for each name, got 1"):
-        vllm_worker.UpdateInfo(1, ["a", "b"], ["float32"] * 2, [[1]] * 2, [0], True)
+        vllm_worker.UpdateInfo(1, ["a", "b"], ["float32"] * 2, [[1]] * 2, [0])
     with pytest.raises(ValueError, match="one comes twice"):
-        vllm_worker.UpdateInfo(1, ["a", "a"], ["float32"] * 2, [[1]] * 2, [0, 512], True)
-    with pytest.raises(ValueError, match=r"bytes 8190\.\.8194 do not lie"):
-        vllm_worker.views(staging.buffer, vllm_worker.UpdateInfo(1, ["a"], ["float32"], [[1]], [8190], True))
+        vllm_worker.UpdateInfo(1, ["a", "a"], ["float32"] * 2, [[1]] * 2, [0, 512])
+    with pytest.raises(ValueError, match=r"bytes 4094\.\.4098 do not lie"):
+        vllm_worker.unpacked(staging.buffer, vllm_worker.UpdateInfo(1, ["a"], ["float32"], [[1]], [4094]))
 
 
 def test_a_manifest_sees_what_is_missing_twice_or_another() -> None:

@@ -227,7 +227,7 @@ def test_fused_projections_share_one_scale() -> None:
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "reduce_tensor", fakes.reduce_shared)
-    monkeypatch.setattr(vllm_worker, "opened", lambda handles, device: fakes.rebuild_shared(*handles["cpu"]))
+    monkeypatch.setattr(vllm_worker, "rebuild_cuda_tensor", fakes.rebuild_shared)
 
 
 def refitted() -> tuple[Any, Any, Any]:
@@ -263,15 +263,22 @@ def test_completions_of_older_weights_in_the_prefix_cache() -> None:
 
 @pytest.mark.usefixtures("shared")
 def test_a_buffer_that_is_written_again_while_the_engine_still_reads_it() -> None:
-    """modelscope/ms-swift#10204, vLLM's own note on packed buffers: a module torn over buckets reads the next one's bytes."""
+    """modelscope/ms-swift#10204, vLLM's own note on packed buffers: a module torn over buckets, or padded, reads other bytes."""
 
     def scenario() -> None:
         model, fake, _ = refitted()
         assert same(model, fake)
 
     def views(patch: pytest.MonkeyPatch) -> None:
-        kept = vllm_worker.views
-        patch.setattr(vllm_worker, "views", lambda buffer, info: kept(buffer, replace(info, whole=True)))
+        copies = vllm_worker.unpacked
+
+        def lying(buffer: torch.Tensor, info: Any) -> list[tuple[str, torch.Tensor]]:
+            return [
+                (name, buffer[at : at + t.nbytes].view(t.dtype).view(t.shape))
+                for (name, t), at in zip(copies(buffer, info), info.offsets, strict=True)
+            ]
+
+        patch.setattr(vllm_worker, "unpacked", lying)
 
     only_with_the_fix(scenario, views)
 
@@ -297,14 +304,15 @@ def test_parameters_that_moved_are_seen() -> None:
     def scenario() -> None:
         _model, fake, engine = refitted()
         linear = fake.model.decoder.layers[0].mlp.down_proj
-        reload = fakes.Model.finish
+        reload, kept = fakes.Layerwise.finish, []
 
         def moving(self: Any) -> None:
             reload(self)
+            kept.append(linear.weight)
             linear.weight = torch.nn.Parameter(linear.weight.detach().clone())
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fakes.Model, "finish", moving)
+            patch.setattr(fakes.Layerwise, "finish", moving)
             with pytest.raises(RuntimeError, match=r"layers.0.mlp.down_proj.weight: lies elsewhere after the update"):
                 engine.update_weights(None, 1)
         assert engine.session.state is State.POISONED

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from concurrent import futures
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +18,7 @@ from ..models import Decoder
 from ..models.checkpoint import named_weights
 from ..refit.memory import ALIGN
 from ..refit.session import Refit, Session, Target, Transfer
-from ..refit.states import RefitError
+from ..refit.states import PeerLost, RefitError
 from .engine import Completion, Finished, GenerationStats, Sampling
 
 BUCKET = 512 << 20
@@ -22,11 +26,7 @@ BUCKET = 512 << 20
 
 @dataclass
 class Bucket:
-    """`whole`: no module has tensors in it and in another bucket, so an engine that works module by module is done with the
-    memory when it has taken the bucket."""
-
     tensors: list[tuple[str, Tensor]] = field(default_factory=list)
-    whole: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -34,7 +34,7 @@ class Bucket:
 
 
 def module_of(name: str) -> str:
-    """What engines load and process together: a layer, or a tensor outside of all layers."""
+    """What engines should be given together: a layer, or a tensor outside of all layers."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part.isdigit():
@@ -53,35 +53,20 @@ def buckets(weights: Iterable[tuple[str, Tensor]], limit: int, *, one_dtype: boo
     def fits(b: Bucket, more: int) -> bool:
         return b.nbytes + more + ALIGN * (len(b.tensors) + 1) <= limit or not b.tensors
 
-    def flush() -> Iterator[Bucket]:
-        nonlocal held, group
-        padding = ALIGN * len(group.tensors)
-        if held.tensors and not fits(held, group.nbytes + padding):
-            yield held
-            held = Bucket()
-        held.tensors += group.tensors
-        held.whole &= group.whole
-        if not held.whole:
-            yield held
-            held = Bucket()
-        group = Bucket()
+    def alike(b: Bucket, tensor: Tensor) -> bool:
+        return not one_dtype or not b.tensors or b.tensors[0][1].dtype == tensor.dtype
 
     for name, tensor in weights:
         if module_of(name) != module:
-            yield from flush()
-            module = module_of(name)
-        if not fits(group, tensor.nbytes) or (one_dtype and group.tensors and group.tensors[0][1].dtype != tensor.dtype):
-            torn = Bucket(group.tensors, whole=False)
-            if held.tensors:
-                yield held
-                held = Bucket()
-            yield torn
-            group = Bucket(whole=False)
-        if one_dtype and held.tensors and held.tensors[0][1].dtype != tensor.dtype:
+            held, group, module = Bucket(held.tensors + group.tensors), Bucket(), module_of(name)
+        if not fits(group, tensor.nbytes) or not alike(group, tensor):  # a torn module
+            held, group = Bucket(held.tensors + group.tensors), Bucket()
+        group.tensors.append((name, tensor))
+        padding = ALIGN * len(group.tensors)
+        if held.tensors and not (fits(held, group.nbytes + padding) and alike(held, tensor)):
             yield held
             held = Bucket()
-        group.tensors.append((name, tensor))
-    yield from flush()
+    held.tensors += group.tensors
     if held.tensors:
         yield held
 
@@ -122,21 +107,18 @@ class Manifest:
 
 
 class Staging:
-    """Two halves of one buffer on the trainer's device, which engines map once; a bucket goes into one while the other may
-    still be read. Tensors begin at multiples of 512 bytes: every dtype's size and every engine's demand divides that."""
+    """A buffer on the trainer's device, which an engine maps once and has read when it answers. Tensors begin at multiples of
+    512 bytes: every dtype's size and every engine's demand divides that."""
 
     def __init__(self, limit: int, device: torch.device) -> None:
-        self.half = -(-limit // ALIGN) * ALIGN
-        self.buffer = torch.empty(2 * self.half, dtype=torch.uint8, device=device)
-        self._turn = 1
+        self.buffer = torch.empty(-(-limit // ALIGN) * ALIGN, dtype=torch.uint8, device=device)
 
     def pack(self, bucket: Bucket) -> list[int]:
         """Where each tensor begins in the buffer."""
-        self._turn = 1 - self._turn
-        at, out = self._turn * self.half, []
+        at, out = 0, []
         for name, t in bucket.tensors:
-            if at + t.nbytes > (self._turn + 1) * self.half:
-                raise RefitError(f"{name}: {t.nbytes} bytes do not fit the staging buffer of {self.half}")
+            if at + t.nbytes > len(self.buffer):
+                raise RefitError(f"{name}: {t.nbytes} bytes do not fit the staging buffer of {len(self.buffer)}")
             self.buffer[at : at + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
             out.append(at)
             at += -(-t.nbytes // ALIGN) * ALIGN
@@ -145,12 +127,60 @@ class Staging:
         return out
 
 
+class Calls:
+    """Calls into an engine by name, each on a thread, because none of them takes a timeout. One that does not answer in time
+    cannot be stopped: until it returns nothing else is asked of the engine.
+
+    Raises:
+        PeerLost: from `start`, `wait` and a call: no answer by the end of the phase, or the call before has not returned.
+    """
+
+    def __init__(self, name: str, engine: Any) -> None:
+        self.name, self.engine = name, engine
+        self._call, self._answer = "", Future[Any]()
+        self._answer.set_result(None)
+        self.phase(0.0)
+
+    def phase(self, seconds: float) -> None:
+        """Whatever is asked from here on is to be answered within `seconds` of now, all together."""
+        self._seconds, self._end = seconds, time.monotonic() + seconds
+
+    def start(self, call: str, *args: Any, **kwargs: Any) -> None:
+        if not self._answer.done():
+            raise PeerLost(f"{self.name}: {self._call} has not returned yet")
+        self._call, self._answer = call, Future()
+        function, answer = getattr(self.engine, call), self._answer
+
+        def run() -> None:
+            try:
+                answer.set_result(function(*args, **kwargs))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def wait(self) -> Future[Any]:
+        """Of the call that was started last, answered or failed."""
+        if not futures.wait([self._answer], max(0.0, self._end - time.monotonic())).done:
+            raise PeerLost(f"{self.name}: {self._call}: no answer within {self._seconds:g} s")
+        return self._answer
+
+    def __call__(self, call: str, *args: Any, **kwargs: Any) -> Any:
+        self.start(call, *args, **kwargs)
+        return self.wait().result()
+
+
 class ForeignEngine:
-    """An `Engine` whose weights come as whole tensors by Hugging Face names."""
+    """An `Engine` whose weights come as whole tensors by Hugging Face names. A refit waits for other threads' requests."""
+
+    weights_memory = "weights"  # as the engine names what may be asleep
 
     def __init__(self, model: Decoder, target: Target, *, mode: str, timeout: float) -> None:
+        require_drain(mode)
         self.model, self.stats = model, GenerationStats()
         self.session = Session(target, mode=mode, timeout=timeout)
+        self._idle = threading.Lock()
+        self._asleep: set[str] = set()
 
     @property
     def version(self) -> int:
@@ -159,21 +189,32 @@ class ForeignEngine:
     def update_weights(self, weights: Iterable[tuple[str, Tensor]] | None, version: int) -> Refit:
         if weights is not None:
             raise ValueError("weights: expected None, they are those of the model that the engine was made for")
-        return self.session.refit(version)
+        if self.weights_memory in self._asleep:
+            raise RefitError(f"refit: {self.weights_memory} is asleep: wake it first; the rest may be woken after the refit")
+        if not self._idle.acquire(timeout=self.session.timeout):
+            raise RefitError(f"refit: requests are still running after {self.session.timeout:g} s; nothing was written")
+        try:
+            return self.session.refit(version)
+        finally:
+            self._idle.release()
 
     def generate(
         self, prompts: Seq[Seq[int]], sampling: Sampling, *, seeds: Seq[int] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:  # fmt: skip
-        version = self.session.require_serving()
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"seeds: expected {len(prompts)}, one for each prompt, got {len(seeds)}")
+        with self._idle:
+            version = self.session.require_serving()
+            if self._asleep:
+                raise RefitError(f"engine: {', '.join(sorted(self._asleep))} asleep: wake it first")
+            drawn = self._draw([list(p) for p in prompts], sampling, seeds)
         out = [
             [
                 Completion(tokens, logprobs, reason, version, ((version, len(tokens)),) if tokens else ())
                 for tokens, logprobs, reason in group
             ]
-            for group in self._draw([list(p) for p in prompts], sampling, seeds)
+            for group in drawn
         ]
         self.stats = GenerationStats(
             prompt_tokens=sum(map(len, prompts)), completion_tokens=sum(len(c.tokens) for g in out for c in g)
@@ -190,6 +231,9 @@ class ForeignEngine:
     def close(self) -> None:
         self.session.target.close()
 
+    def _woken(self, tags: Seq[str] | None) -> None:
+        self._asleep = set() if tags is None else self._asleep - set(tags)
+
     def _draw(
         self, prompts: list[list[int]], sampling: Sampling, seeds: Seq[int] | None
     ) -> list[list[tuple[list[int], list[float], str]]]:
@@ -202,10 +246,15 @@ class WholeTensors:
 
     atomic = False  # all of them write what they serve
 
-    def __init__(self, model: Decoder, limit: int, *, one_dtype: bool = False) -> None:
-        self.model, self.limit, self.one_dtype = model, limit, one_dtype
+    def __init__(self, calls: Calls, model: Decoder, limit: int, *, one_dtype: bool = False) -> None:
+        self.calls, self.model, self.limit, self.one_dtype = calls, model, limit, one_dtype
         self.manifest = Manifest()
-        self.epoch = 0
+        self.epoch, self.timeout = 0, 0.0
+
+    def begin(self, epoch: int, version: int, mode: str, timeout: float) -> None:
+        """No request is running: the engine has seen to that."""
+        self.epoch, self.timeout = epoch, timeout
+        self.calls.phase(timeout)
 
     def _buckets(self) -> Iterator[Bucket]:
         self.manifest.begin()
@@ -229,6 +278,19 @@ def device_key(device: torch.device, *, prefix: bool) -> str:
         return device.type
     bare = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
     return "GPU-" + bare if prefix else bare
+
+
+def require_drain(mode: str) -> None:
+    """ValueError for another mode: `generate` returns when its requests have ended, so there are none to abort or to keep."""
+    if mode != "drain":
+        raise ValueError(f"mode: expected 'drain', this engine's requests have ended when generate returns; got {mode!r}")
+
+
+def one_worker(options: Mapping[str, Any], sizes: Seq[str], why: str = "a worker on another GPU has no handle") -> None:
+    """ValueError where an engine would have workers that the weights cannot reach."""
+    for name in sizes:
+        if (size := options.get(name, 1)) != 1:
+            raise ValueError(f"{name}: expected 1, {why}; got {size}")
 
 
 def request_words(sampling: Sampling) -> dict[str, Any]:

@@ -31,7 +31,8 @@ class GenerationConfig:
     )
     mode: str = option(
         "drain",
-        "What new weights do to running requests: wait, end them, or let them go on.",
+        "What new weights do to running requests: wait, end them, or let them go on. embedded-process has all three; embedded "
+        "always lets them go on; the others wait, and refuse another mode.",
         choices=("drain", "abort", "keep"),
     )
     verify: bool = option(False, "Hash what is copied and compare with what arrived, where the engine can.")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -21,7 +20,7 @@ from ..refit.states import RefitError
 from ..refit.transports.checkpoint_engine import CheckpointEngineSender
 from ..seeds import mix
 from .engine import Sampling
-from .foreign import BUCKET, Bucket, ForeignEngine, WholeTensors, device_key, request_words
+from .foreign import BUCKET, Bucket, Calls, ForeignEngine, WholeTensors, device_key, one_worker, request_words, require_drain
 
 WIRES = ("bucket", "checkpoint-engine")
 Serialise = Callable[[list[tuple[str, Tensor]]], bytes]
@@ -46,7 +45,7 @@ class SGLangEngine(ForeignEngine):
         if wire == "bucket":
             target: SGLangTarget | SGLangWireTarget = SGLangTarget(engine, serialise, model, tp, limit)
         else:
-            target = SGLangWireTarget(engine, model, limit, timeout)
+            target = SGLangWireTarget(engine, model, limit)
         super().__init__(model, target, mode=mode, timeout=timeout)
 
     @classmethod
@@ -54,6 +53,8 @@ class SGLangEngine(ForeignEngine):
         cls, model: Decoder, tokenizer: Any, path: str, *, options: dict[str, Any], mode: str, timeout: float, any_version: bool
     ) -> SGLangEngine:
         """An `Engine` of the model at `path`, its weights to come; `options` go to its constructor."""
+        require_drain(mode)
+        one_worker(options, ("dp_size", "pp_size"), "of each tensor-parallel rank one worker is sent a handle")
         require_version("sglang", any_version=any_version)
         sglang = importlib.import_module("sglang")
         given = {"load_format": "dummy", "mem_fraction_static": 0.4, **options}
@@ -64,10 +65,13 @@ class SGLangEngine(ForeignEngine):
     def sleep(self) -> None:
         """Gives the GPU's memory back, the weights too: nothing is generated until a refit."""
         self.engine.release_memory_occupation()
+        self._asleep = {"weights", "kv_cache", "cuda_graph"}
         self.session.spoil("SGLang released its weights")
 
-    def wake(self) -> None:
-        self.engine.resume_memory_occupation()
+    def wake(self, tags: Seq[str] | None = None) -> None:
+        """Takes memory again, all or by tag: "weights" for a refit, the others when the trainer has given up its own."""
+        self.engine.resume_memory_occupation(None if tags is None else list(tags))
+        self._woken(tags)
 
     def _draw(
         self, prompts: list[list[int]], sampling: Sampling, seeds: Seq[int] | None
@@ -112,66 +116,58 @@ class SGLangTarget(WholeTensors):
     SGLang packs them back to back."""
 
     def __init__(self, engine: Any, serialise: Serialise, model: Decoder, tp: int, limit: int) -> None:
-        super().__init__(model, limit, one_dtype=True)
-        self.engine, self.serialise, self.tp = engine, serialise, tp
+        super().__init__(Calls("SGLang", engine), model, limit, one_dtype=True)
+        self.serialise, self.tp = serialise, tp
         self._open = False
-
-    def begin(self, epoch: int, version: int, mode: str, timeout: float) -> None:
-        """Engine.generate returns when its requests have ended: whatever the mode, none is running."""
 
     def transfer(self, epoch: int) -> Transfer:
         # begin_weight_update here: where one worker fails at it, the others have begun
+        self.calls.phase(self.timeout)
+        if self._open:  # left by a call that did not answer in time; false where SGLang has ended it since
+            self.calls("end_weight_update")
         self._open = True
-        _taken("begin_weight_update", self.engine.begin_weight_update(selector="target"))
+        self._taken("begin_weight_update", selector="target")
         return self._send(self._bucket, 2)
 
     def _bucket(self, bucket: Bucket) -> None:
         # a payload for each rank: a handle that is opened twice hangs in its destructor
         payloads = [self.serialise(bucket.tensors) for _ in range(self.tp)]
-        answer = self.engine.update_weights_from_tensor(payloads, load_format="flattened_bucket", flush_cache=False)
-        _taken("update_weights_from_tensor", answer)
+        self._taken("update_weights_from_tensor", payloads, load_format="flattened_bucket", flush_cache=False)
 
     def commit(self, epoch: int, version: int) -> None:
+        self.calls.phase(self.timeout)
+        self._taken("end_weight_update")
         self._open = False
-        _taken("end_weight_update", self.engine.end_weight_update())
-        _taken("flush_cache", self.engine.flush_cache())
+        self._taken("flush_cache")
 
     def fail(self, epoch: int, reason: str) -> None:
+        self.calls.phase(self.timeout)
         if self._open:
+            self.calls("end_weight_update")
             self._open = False
-            self.engine.end_weight_update()
 
     def close(self) -> None:
         pass
 
+    def _taken(self, call: str, *args: Any, **kwargs: Any) -> None:
+        taken(call, self.calls(call, *args, **kwargs))
+
 
 class SGLangWireTarget(WholeTensors):
-    """checkpoint-engine's wire: SGLang's call runs on a thread and receives until it is told to finish. Two copies."""
+    """checkpoint-engine's wire: SGLang's call receives on its thread until it is told to finish. Two copies."""
 
-    def __init__(self, engine: Any, model: Decoder, limit: int, timeout: float) -> None:
-        super().__init__(model, limit)
-        self.engine, self.timeout = engine, timeout
+    def __init__(self, engine: Any, model: Decoder, limit: int) -> None:
+        super().__init__(Calls("SGLang", engine), model, limit)
         self._sender: CheckpointEngineSender | None = None
-        self._thread: threading.Thread | None = None
-        self._answer: list[Any] = []  # of the attempt under way
 
     def begin(self, epoch: int, version: int, mode: str, timeout: float) -> None:
+        super().begin(epoch, version, mode, timeout)
         device = next(self.model.parameters()).device
         largest = max(p.nbytes for p in self.model.parameters())
         key = device_key(device, prefix=True)
         address = f"ipc://@checkpoint-engine-{key}-{os.getpid()}-{epoch}.sock"
         self._sender = CheckpointEngineSender(address, max(self.limit, largest), device, timeout=timeout)
-
-        self._answer = answer = []
-
-        def receive() -> None:
-            try:
-                answer.append(self.engine.update_weights_from_ipc({key: address}, flush_cache=False))
-            except Exception as error:
-                answer.append((False, str(error)))
-
-        self._thread = threading.Thread(target=receive, daemon=True)
-        self._thread.start()
+        self.calls.start("update_weights_from_ipc", {key: address}, flush_cache=False)
 
     def transfer(self, epoch: int) -> Transfer:
         assert self._sender is not None
@@ -180,29 +176,24 @@ class SGLangWireTarget(WholeTensors):
 
     def commit(self, epoch: int, version: int) -> None:
         assert self._sender is not None
+        self.calls.phase(self.timeout)
         self._sender.finish()
         self._sender = None
-        self._joined()
-        _taken("update_weights_from_ipc", self._answer[0])
-        _taken("flush_cache", self.engine.flush_cache())
+        taken("update_weights_from_ipc", self.calls.wait().result())
+        taken("flush_cache", self.calls("flush_cache"))
 
     def fail(self, epoch: int, reason: str) -> None:
+        self.calls.phase(self.timeout)
         if self._sender is not None:
             sender, self._sender = self._sender, None
             sender.abort(reason)
-            self._joined()
+            self.calls.wait()
 
     def close(self) -> None:
         pass
 
-    def _joined(self) -> None:
-        assert self._thread is not None
-        self._thread.join(self.timeout)
-        if self._thread.is_alive():
-            raise RefitError(f"SGLang: update_weights_from_ipc: no answer within {self.timeout:g} s")
 
-
-def _taken(call: str, answer: Any) -> None:
+def taken(call: str, answer: Any) -> None:
     """SGLang says false where others raise."""
     success, message = (answer.success, answer.message) if hasattr(answer, "success") else answer
     if not success:

@@ -24,9 +24,13 @@ def extension(base: Any, device_uuid: Callable[[int], str], rebuilds: tuple[Any,
     class Extension(base):  # type: ignore[misc]
         _epoch: int | None = None
 
-        def fastrlhf_begin(self, epoch: int, mode: str) -> bool:
-            if self._epoch is not None:
-                raise RuntimeError(f"epoch: {self._epoch} is under way")
+        def fastrlhf_ready(self) -> bool:
+            return True
+
+        def fastrlhf_begin(self, epoch: int) -> bool:
+            """A later epoch takes the place of one whose trainer gave up without a word."""
+            if self._epoch is not None and epoch <= self._epoch:
+                raise RuntimeError(f"epoch: {self._epoch} is under way, got {epoch}")
             self.pre_reload_weights()
             self._epoch = epoch
             return True

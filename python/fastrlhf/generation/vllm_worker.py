@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
+from .foreign import device_key
 from .vllm import NAME
 
 
 @dataclass
 class InitInfo:
-    """`handles`: by GPU UUID without prefix, the arguments of torch's `rebuild_cuda_tensor` for the staging buffer."""
+    """`handles`: by GPU UUID without prefix, what `vllm.exported` makes of the staging buffer."""
 
-    handles: dict[str, tuple[Any, ...]]
+    handles: dict[str, list[Any]]
     nbytes: int
 
 
@@ -32,7 +33,6 @@ class UpdateInfo:
     dtype_names: list[str]
     shapes: list[list[int]]
     offsets: list[int]
-    whole: bool
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -43,28 +43,39 @@ class UpdateInfo:
             raise ValueError("names: one comes twice")
 
 
-def views(buffer: Tensor, info: UpdateInfo) -> list[tuple[str, Tensor]]:
-    """The tensors of a bucket where they lie, or copies where the memory would be written before the engine is done."""
+def unpacked(buffer: Tensor, info: UpdateInfo) -> list[tuple[str, Tensor]]:
+    """Copies of a bucket's tensors: vLLM keeps what it is given until it has counted every element of a module, of a padded one
+    until the end, when the buffer holds others."""
     out = []
     for name, dtype_name, shape, at in zip(info.names, info.dtype_names, info.shapes, info.offsets, strict=True):
         dtype = getattr(torch, dtype_name)
         size = dtype.itemsize * int(torch.Size(shape).numel())
         if at < 0 or at + size > buffer.numel() or at % dtype.itemsize:
             raise ValueError(f"{name}: bytes {at}..{at + size} do not lie in the buffer of {buffer.numel()} as {dtype}")
-        tensor = buffer[at : at + size].view(dtype).view(shape)
-        out.append((name, tensor if info.whole else tensor.clone()))
+        out.append((name, buffer[at : at + size].view(dtype).view(shape).clone()))
     return out
 
 
-def opened(handles: dict[str, tuple[Any, ...]], device: torch.device) -> Tensor:
+def opened(handles: dict[str, list[Any]], device: torch.device) -> Tensor:
     """The staging buffer of the trainer on this worker's GPU."""
-    key = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
+    key = device_key(device, prefix=False)
     known = {k.removeprefix("GPU-"): v for k, v in handles.items()}
     if key not in known:
         raise ValueError(f"handles: none for GPU {key}, only for {sorted(known)}: the trainer and this worker share no GPU")
-    arguments = list(known[key])
-    arguments[6] = device.index
-    return rebuild_cuda_tensor(*arguments)
+    size, stride, offset, *rest = known[key]
+    return rebuild_cuda_tensor(
+        Tensor, torch.Size(size), tuple(stride), offset, torch.storage.TypedStorage, torch.uint8, device.index, *rest
+    )
+
+
+def give_up(reload: Any, model: Any, config: Any) -> None:
+    """Puts back what the kernels had under modules that an update left half loaded. Without it the next update would pass them
+    over, count on from where they stopped, and drop what comes when they seem complete."""
+    for module in model.modules():
+        info = reload.get_layerwise_info(module)
+        if info.kernel_tensors is not None:
+            info.load_numel, info.load_numel_total, info.loaded_weights = 0, info.load_numel_total or 0, []
+    reload.finalize_layerwise_reload(model, config)
 
 
 def make_engine(base: Any, reload: Any) -> Any:
@@ -84,6 +95,7 @@ def make_engine(base: Any, reload: Any) -> Any:
             if self._addresses is None:
                 self._addresses = {n: p.data_ptr() for n, p in self.model.named_parameters()}
             self._epoch: int | None = None
+            give_up(reload, self.model, self.model_config)
             reload.initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -92,10 +104,14 @@ def make_engine(base: Any, reload: Any) -> Any:
             if update_info.epoch != self._epoch:
                 raise RuntimeError(f"epoch: {update_info.epoch} in an update that began with {self._epoch}")
             assert self._buffer is not None
-            self.model.load_weights(views(self._buffer, update_info))
+            self.model.load_weights(unpacked(self._buffer, update_info))
 
         def finish_weight_update(self) -> None:
-            reload.finalize_layerwise_reload(self.model, self.model_config)
+            try:
+                reload.finalize_layerwise_reload(self.model, self.model_config)
+            except BaseException:
+                give_up(reload, self.model, self.model_config)  # the session stays open: the next finish has to end it
+                raise
             moved = [
                 n for n, p in self.model.named_parameters() if p.data_ptr() != (self._addresses or {}).get(n, p.data_ptr())
             ]
@@ -113,7 +129,7 @@ def register() -> None:
     try:
         base = importlib.import_module("vllm.distributed.weight_transfer.base").WeightTransferEngine
         factory = importlib.import_module("vllm.distributed.weight_transfer.factory").WeightTransferEngineFactory
-        reload = importlib.import_module("vllm.model_executor.model_loader.reload")
+        reload = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
     except (ImportError, AttributeError):
         return
     if NAME not in factory._registry:
