@@ -20,7 +20,7 @@ from fastrlhf.refit import catalogue as catalogues
 from fastrlhf.refit import plan as plans
 from fastrlhf.refit.host import Host
 from fastrlhf.refit.layouts import Layout, _Writer, catalogue_for, layout
-from fastrlhf.refit.memory import Places, copies, run
+from fastrlhf.refit.memory import Bound, Places, copies, run
 from fastrlhf.refit.plan import make_plan
 from fastrlhf.refit.quantise import quantise_blocks, quantise_fused
 from fastrlhf.refit.shapes import Model, model_of
@@ -470,7 +470,7 @@ def test_memory_that_the_trainer_took_elsewhere() -> None:
             for name, value in engine.session.target.checksums()[0].items():
                 assert value == _cpu.xxh3(named[name].data_ptr(), named[name].nbytes), name
 
-        only_with_the_fix(scenario, lambda patch: patch.setattr(PosixShm, "_bind", lambda self: None))
+        only_with_the_fix(scenario, lambda patch: patch.setattr(Bound, "refresh", lambda self: None))
         # modelscope/ms-swift#10207: what the engine has is no alias of the trainer's memory
         before = engine.generate(P.PROMPTS, P.SAMPLING, seeds=P.SEEDS)
         with torch.no_grad():
