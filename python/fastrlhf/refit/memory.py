@@ -65,16 +65,11 @@ class Places:
         Raises:
             PlanError: as `of_tensors`.
         """
-        name, shape, dtype = (
-            self.catalogue.params.names[i],
-            self.catalogue.params.shape[i].tolist(),
-            self.catalogue.params.dtype[i],
-        )
+        params = self.catalogue.params
+        name, shape, dtype = params.names[i], params.shape[i].tolist(), DTYPES[params.dtype[i]]
         rows, cols = matrix_of(t)
-        if [rows, cols] != shape or t.dtype is not getattr(torch, DTYPES[dtype]):
-            raise PlanError(
-                f"{name}: expected {tuple(shape)} elements of {DTYPES[dtype]}, got a tensor {tuple(t.shape)} of {t.dtype}"
-            )
+        if [rows, cols] != shape or t.dtype is not getattr(torch, dtype):
+            raise PlanError(f"{name}: expected {tuple(shape)} elements of {dtype}, got a tensor {tuple(t.shape)} of {t.dtype}")
         if (cols > 1 and t.stride(-1) != 1) or (t.dim() > 2 and not t.is_contiguous()):
             raise PlanError(f"{name}: expected contiguous rows, got strides {t.stride()}")
         self.address[i] = address
