@@ -128,7 +128,10 @@ def test_an_engine_rank_whose_copy_fails(error: BaseException, monkeypatch: pyte
 
     dest.copy = fails  # type: ignore[method-assign]
     trainer.tell(1, 0, 1, 1, trainer._word, 0)
-    trainer.transfer(1)
+    trainer.fail(1, "another rank refused it")
+    assert dest._one() and weights.state is State.SERVING  # nothing was written
+    trainer.tell(1, 0, 2, 1, trainer._word, 0)
+    trainer.transfer(2)
     with pytest.raises(type(error)):
         dest.serve()
     assert weights.state is State.POISONED

@@ -146,6 +146,7 @@ class CollectiveDest(_Side):
         if weights.slots != 1:
             raise RefitError(f"weights: expected one slot, the one of `tensors`, got {weights.slots}")
         self.rank, self.weights, self.timeout = rank, weights, timeout
+        self._written = False  # something, in the attempt under way
         self._bound = Bound(plan.dest, rank, tensors, self._bind)
 
     def _bind(self, places: Places) -> None:
@@ -173,6 +174,7 @@ class CollectiveDest(_Side):
                 raise StaleEpoch("the trainer's ranks do not agree with each other, or not with this plan")
             self._bound.refresh()
             self.weights.begin(epoch, version, MODES[mode], self.timeout)
+            self._written = False
         except (RefitError, ValueError, IndexError):
             for to in self.sources:
                 self.tell(to, _FAIL, self.weights.epoch)
@@ -191,10 +193,10 @@ class CollectiveDest(_Side):
                     if commits:  # it waits for an answer, and says then that it gives up
                         self.tell(to, _FAIL, epoch)
                         self.hear(to)
-                self.weights.fail(epoch, "the trainer gave it up")
+                self.weights.fail(epoch, "the trainer gave it up", written=self._written)
                 return True
         except BaseException as error:
-            self.weights.fail(epoch, str(error))
+            self.weights.fail(epoch, str(error), written=self._written)
             raise
         for to in self.sources:
             self.tell(to, _COMMIT, epoch, version)
@@ -207,6 +209,7 @@ class CollectiveDest(_Side):
             if self.hear(of)[:2] != [_DATA, epoch]:
                 return False
             self._guarded(lambda: dist.recv(message, of, self.group), of)
+            self._written = True
             self.copy(table)
         return True
 
