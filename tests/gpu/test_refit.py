@@ -11,61 +11,36 @@ from typing import Any
 
 import pytest
 import torch
-from fastrlhf.refit import Session, Weights
-from fastrlhf.refit.catalogue import Catalogue
-from fastrlhf.refit.layouts import catalogue_for, layout
-from fastrlhf.refit.shapes import model_of
-from fastrlhf.refit.transports.cuda_ipc import CudaIpc, CudaIpcHost
+from fastrlhf.refit import Session
+from fastrlhf.refit.transports.cuda_ipc import CudaIpc
 from fastrlhf.refit.wire import Channel
+
+from ..refit.one_gpu import READ, Replaying, refits_are_seen, sides, tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-ONE_B = {
-    "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "torch_dtype": "bfloat16", "tie_word_embeddings": True,
-}  # fmt: skip
-SMALL = {**ONE_B, "vocab_size": 1024, "num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "head_dim": 32,
-         "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
-
-
-def sides(size: str) -> tuple[Catalogue, Catalogue]:
-    model = model_of(ONE_B if size == "1b" else SMALL)
-    return catalogue_for(model, layout("tp1", "megatron")), catalogue_for(model, layout("tp1", "engine"))
-
-
-def tensors(c: Catalogue, fill: float) -> dict[str, torch.Tensor]:
-    return {
-        n: torch.full(tuple(s), fill, dtype=torch.bfloat16, device="cuda")
-        for n, s in zip(c.params.names, c.params.shape.tolist(), strict=True)
-    }
-
 
 def engine(fd: int, size: str) -> None:
-    """The engine's process: one slot, and a captured graph that reads a parameter after every refit."""
+    """The engine's process, with a captured graph that reads a parameter."""
     _, dest = sides(size)
-    params = tensors(dest, 0.0)
-    name = "model.layers.1.mlp.gate_up_proj.weight"
-    x = torch.ones(8, params[name].shape[1], dtype=torch.bfloat16, device="cuda")
-    out = torch.empty(8, params[name].shape[0], dtype=torch.bfloat16, device="cuda")
+    params = tensors(dest, 0.0, "cuda")
+    weight = params[READ]
+    x = torch.ones(8, weight.shape[1], dtype=weight.dtype, device="cuda")
+    out = torch.empty(8, weight.shape[0], dtype=weight.dtype, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.mm(x, params[name].t(), out=out)
+        torch.mm(x, weight.t(), out=out)
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        torch.mm(x, params[name].t(), out=out)
+        torch.mm(x, weight.t(), out=out)
 
-    class Replays(CudaIpcHost):
-        def _answer(self, channel: Channel, message: Any, mine: int) -> int:
-            if message["kind"] != "replay":
-                return super()._answer(channel, message, mine)
-            graph.replay()
-            torch.cuda.synchronize()
-            sums = {n: float(t.float().sum()) for n, t in params.items()}
-            channel.send({"out": float(out[0, 0]), "inner": x.shape[1], "sums": sums})
-            return mine
+    def replay() -> torch.Tensor:
+        graph.replay()
+        torch.cuda.synchronize()
+        return out
 
-    Replays(dest, Weights(1), [params]).serve(Channel(socket.socket(fileno=fd), "trainer"))
+    Replaying(dest, params, None, replay).serve(Channel(socket.socket(fileno=fd), "trainer"))
 
 
 @pytest.fixture(params=["small", "1b"])
@@ -76,7 +51,7 @@ def trainer(request: pytest.FixtureRequest) -> Any:
     )
     theirs.close()
     source, _ = sides(request.param)
-    held = tensors(source, 0.5)
+    held = tensors(source, 0.5, "cuda")
     target = CudaIpc(Channel(ours, "engine"), source, held, timeout=120)
     yield Session(target, timeout=120), target, held
     target.close()
@@ -98,15 +73,7 @@ def floor_seconds(nbytes: int) -> float:
 
 def test_two_processes_on_one_gpu(trainer: Any) -> None:
     session, target, held = trainer
-    for version in range(3):
-        for t in held.values():
-            t.fill_(version + 1)
-        session.refit(version)
-        seen = target._ask({"kind": "replay"}, 60)
-        assert seen["out"] == (version + 1) * seen["inner"]  # the graph that was captured before any refit
-        for name, total in seen["sums"].items():
-            if "embed_tokens" not in name:
-                assert total != 0, name
+    refits_are_seen(session, target, held, range(3))
     seconds = []
     for version in range(3, 13):
         seconds.append(session.refit(version).seconds)

@@ -104,15 +104,21 @@ def session_at(channel: Channel, seed: int, **more: Any) -> Session:
     return Session(target, timeout=20, version=target.version, epoch=target.epoch, **more)
 
 
-def trainer(path: str, seed: int, version: int, dies: str) -> subprocess.Popen[bytes]:
-    """A process that refits once and is killed as a phase begins: begin, draining, transfer, middle, commit, done; or never."""
-    return subprocess.Popen([sys.executable, "-m", "tests.refit.processes", path, str(seed), str(version), dies])
+def trainer(path: str, seed: int, version: int, dies: str, forks: bool = False) -> subprocess.Popen[bytes]:
+    """A process that refits once and is killed as a phase begins: begin, draining, transfer, middle, commit, done; or never. `forks`:
+    a child of it stays for a while, and all that it holds with it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.refit.processes", path, str(seed), str(version), dies, *["forks"] * forks]
+    )
 
 
-def main(path: str, seed: str, version: str, dies: str) -> None:
+def main(path: str, seed: str, version: str, dies: str, forks: str = "") -> None:
     torch.set_num_threads(1)
 
     def kill() -> None:
+        if forks and os.fork() == 0:
+            time.sleep(5)
+            os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
 
     if dies == "middle":

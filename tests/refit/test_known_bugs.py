@@ -1,10 +1,12 @@
-"""What others shipped: each case runs twice, as it is and with the fix taken out, and must fail then. Where one comes from is
-said as owner/repository#issue; the rest of the list is in test_plan, test_processes and tests/generation/test_foreign."""
+"""What others shipped: each case runs twice, as it is and with the fix taken out, and must fail then, and so as it is said. Where
+one comes from is said as owner/repository#issue; the rest of the list is in test_plan, test_processes, test_cuda_ipc (handles),
+test_moved (parameters that moved, and those that did not) and tests/generation/test_foreign."""
 
 from __future__ import annotations
 
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,32 +16,38 @@ import pytest
 import torch
 from fastrlhf.generation import foreign, vllm, vllm_worker
 from fastrlhf.generation.foreign import Bucket, Staging
-from fastrlhf.generation.vllm import VLLMEngine
+from fastrlhf.generation.vllm import VLLMEngine, VLLMTarget
 from fastrlhf.refit import PlanError, Poisoned, RefitError, Session, Weights, states
 from fastrlhf.refit import catalogue as catalogues
 from fastrlhf.refit import plan as plans
 from fastrlhf.refit.host import Host
 from fastrlhf.refit.layouts import Layout, _Writer, catalogue_for, layout
-from fastrlhf.refit.memory import Places, copies, run
+from fastrlhf.refit.memory import Bound
 from fastrlhf.refit.plan import make_plan
 from fastrlhf.refit.quantise import quantise_blocks, quantise_fused
 from fastrlhf.refit.shapes import Model, model_of
 from fastrlhf.refit.states import State
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..generation import fakes
 from . import processes as P
+from . import test_host
 from .oracle import Split, config, execute, whole
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 
-def only_with_the_fix(scenario: Callable[[], None], without: Patch) -> None:
+def only_with_the_fix(scenario: Callable[[], None], without: Patch, error: type[BaseException], match: str) -> None:
     scenario()
     with pytest.MonkeyPatch.context() as patch:
         without(patch)
-        with pytest.raises((AssertionError, pytest.fail.Exception, ValueError, RuntimeError)):
+        with pytest.raises(error, match=match):
             scenario()
     scenario()
+
+
+Unnoticed = pytest.fail.Exception  # what the scenario waits for was not raised
 
 
 def exact(c: dict[str, Any], a: Layout, b: Layout) -> None:
@@ -68,8 +76,9 @@ def test_a_tensor_parallel_slice_through_a_key_value_group() -> None:
         patch.setattr(_Writer, "_attention", plain)
 
     only_with_the_fix(
-        lambda: exact(config(num_key_value_heads=2, head_dim=4), layout("tp4", "megatron"), layout("tp4", "engine")), by_heads
-    )
+        lambda: exact(config(num_key_value_heads=2, head_dim=4), layout("tp4", "megatron"), layout("tp4", "engine")), by_heads,
+        PlanError, r"qkv_proj.weight: expected \(16, 8\) elements",
+    )  # fmt: skip
 
 
 def test_gate_and_up_are_interleaved_by_rank() -> None:
@@ -90,7 +99,12 @@ def test_gate_and_up_are_interleaved_by_rank() -> None:
 
         patch.setattr(_Writer, "_row_sharded", row_sharded)
 
-    only_with_the_fix(lambda: exact(config(), layout("tp2", "megatron"), layout("tp4", "engine")), sliced)
+    only_with_the_fix(
+        lambda: exact(config(), layout("tp2", "megatron"), layout("tp4", "engine")),
+        sliced,
+        AssertionError,
+        "gate_up_proj.weight",
+    )
 
 
 def test_a_padded_vocabulary() -> None:
@@ -99,7 +113,10 @@ def test_a_padded_vocabulary() -> None:
     def scenario() -> None:
         exact(config(vocab_size=301), layout("tp2", "megatron"), layout("tp4", "engine"))
 
-    only_with_the_fix(scenario, lambda patch: patch.setattr(catalogues.Builder, "pad", lambda *a: None))
+    def unpadded(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(catalogues.Builder, "pad", lambda *a: None)
+
+    only_with_the_fix(scenario, unpadded, PlanError, r"rows 61\.\.80, columns 0\.\.8 would be written never")
 
 
 def test_a_tied_head_that_the_engine_holds_apart() -> None:
@@ -125,7 +142,7 @@ def test_a_tied_head_that_the_engine_holds_apart() -> None:
 
         patch.setattr(_Writer, "_vocab", named)
 
-    only_with_the_fix(scenario, forgotten)
+    only_with_the_fix(scenario, forgotten, PlanError, r"lm_head.weight of rank 0 .* would be written never")
 
 
 def test_what_nobody_writes_is_found_before_anything_is_copied() -> None:
@@ -138,7 +155,10 @@ def test_what_nobody_writes_is_found_before_anything_is_copied() -> None:
         with pytest.raises(PlanError, match=r"rows 3..4, columns 0..4 would be written never"):
             make_plan(source.build(), dest.build(), ignore=frozenset({"w"}))
 
-    only_with_the_fix(scenario, lambda patch: patch.setattr(plans, "_prove_written_once", lambda *a: None))
+    def unproven(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(plans, "_prove_written_once", lambda *a: None)
+
+    only_with_the_fix(scenario, unproven, Unnoticed, "DID NOT RAISE PlanError")
 
 
 def test_experts_that_do_not_go_anywhere() -> None:
@@ -158,7 +178,7 @@ def test_experts_that_do_not_go_anywhere() -> None:
         match = plans._match
         patch.setattr(plans, "_match", lambda s, d, ignore: match(s, d, frozenset(s.names)))
 
-    only_with_the_fix(scenario, unseen)
+    only_with_the_fix(scenario, unseen, AssertionError, r"gate.weight: shape \(4, 8\) in the source")
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -209,7 +229,7 @@ def test_the_planner_itself_refuses_a_cut_block() -> None:
             lambda n, s: check(n, replace(s, tensors=replace(s.tensors, block=np.ones_like(s.tensors.block)))),
         )  # fmt: skip
 
-    only_with_the_fix(scenario, blind)
+    only_with_the_fix(scenario, blind, Unnoticed, "DID NOT RAISE PlanError")
 
 
 def test_fused_projections_share_one_scale() -> None:
@@ -230,9 +250,13 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_worker, "rebuild_cuda_tensor", fakes.rebuild_shared)
 
 
+LLMS: list[Any] = []  # the last that was made
+
+
 def refitted() -> tuple[Any, Any, Any]:
     model = P.decoder(0)
     fake = fakes.FakeVLLM(P.decoder(9))
+    LLMS[:] = [fake]
     engine = VLLMEngine(fake, fakes.Parameters, model, limit=60_000)
     engine.update_weights(None, 0)
     return model, fake, engine
@@ -256,9 +280,11 @@ def test_completions_of_older_weights_in_the_prefix_cache() -> None:
         assert P.tokens(engine.generate(P.PROMPTS, P.SAMPLING, seeds=P.SEEDS)) != P.tokens(before)
 
     def never(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(fakes.FakeVLLM, "do_reset_prefix_cache", lambda self, *a: True)
+        patch.setattr(
+            VLLMTarget, "commit", lambda self, epoch, version: LLMS[0].finish_weight_update(weight_version=str(version))
+        )
 
-    only_with_the_fix(scenario, never)
+    only_with_the_fix(scenario, never, AssertionError, r"^assert \[\[\[")
 
 
 @pytest.mark.usefixtures("shared")
@@ -280,7 +306,7 @@ def test_a_buffer_that_is_written_again_while_the_engine_still_reads_it() -> Non
 
         patch.setattr(vllm_worker, "unpacked", lying)
 
-    only_with_the_fix(scenario, views)
+    only_with_the_fix(scenario, views, AssertionError, "False = same")
 
 
 @pytest.mark.usefixtures("shared")
@@ -292,9 +318,9 @@ def test_weights_that_are_left_unprocessed() -> None:
         assert fake.calls.count("finish_weight_update") == 1 and fake.state == "idle" and fake.version == "0"
 
     def unfinished(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(fakes.FakeVLLM, "do_finish_weight_update", lambda self, weight_version=None: None)
+        patch.setattr(VLLMTarget, "commit", lambda self, epoch, version: None)
 
-    only_with_the_fix(scenario, unfinished)
+    only_with_the_fix(scenario, unfinished, AssertionError, r"assert \(0 == 1")
 
 
 @pytest.mark.usefixtures("shared")
@@ -327,7 +353,7 @@ def test_parameters_that_moved_are_seen() -> None:
 
         patch.setattr(fakes, "make_engine", without)
 
-    only_with_the_fix(scenario, unregistered)
+    only_with_the_fix(scenario, unregistered, Unnoticed, "DID NOT RAISE RuntimeError")
 
 
 @pytest.mark.usefixtures("shared")
@@ -341,7 +367,10 @@ def test_sleep_that_drops_weights() -> None:
         with pytest.raises(Poisoned, match="slept at level 2"):
             engine.generate(P.PROMPTS, P.SAMPLING, seeds=P.SEEDS)
 
-    only_with_the_fix(scenario, lambda patch: patch.setattr(Session, "spoil", lambda *a: None))
+    def forgotten(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(Session, "spoil", lambda *a: None)
+
+    only_with_the_fix(scenario, forgotten, ValueError, "logits: row 0 has no largest finite logit")
 
 
 @pytest.mark.usefixtures("shared")
@@ -356,7 +385,10 @@ def test_an_abort_that_leaves_a_mixture() -> None:
         with pytest.raises(Poisoned):
             engine.generate(P.PROMPTS, P.SAMPLING, seeds=P.SEEDS)
 
-    only_with_the_fix(scenario, lambda patch: patch.setattr(foreign.WholeTensors, "atomic", True))
+    def trusted(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(foreign.WholeTensors, "atomic", True)
+
+    only_with_the_fix(scenario, trusted, Unnoticed, "DID NOT RAISE Poisoned")
 
 
 # --------------------------------------------------------------------------------------------------------------------- races
@@ -374,38 +406,35 @@ def test_a_late_acknowledgement_is_of_its_own_attempt() -> None:
             w.commit(1)
         assert w.state is State.REFITTING
 
-    only_with_the_fix(scenario, lambda patch: patch.setattr(Weights, "_check", lambda self, epoch: None))
+    def unchecked(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(Weights, "_check", lambda self, epoch: None)
+
+    only_with_the_fix(scenario, unchecked, Unnoticed, "DID NOT RAISE StaleEpoch")
 
 
 def test_nothing_is_committed_before_every_rank_has_written() -> None:
     """modelscope/ms-swift#10204: one rank's answer came before the others' barrier."""
-    from fastrlhf import _cpu
-
-    c = config(num_hidden_layers=1)
-    source = catalogue_for(model_of(c), layout("tp2", "megatron"))
-    dest = catalogue_for(model_of(c), layout("tp1", "engine"))
 
     def scenario() -> None:
-        weights = Weights(1)
-        _, size = Places.in_arena(dest, 0, 0)
-        host = Host(dest, weights, _cpu.Arena(size))
-        host.plan = make_plan(source, dest)
-        weights.begin(1, 1, "drain", 1)
-        host._rank_done({"epoch": 1, "rank": 0})
+        engine = test_host.Engine(2)
+        leader = engine.trainer(1.0, 0, 2)
+        leader.begin(1, 1, "drain", 0.2)
+        leader.transfer(1)
         with pytest.raises(RefitError, match=r"rank\(s\) \[1\] have not written"):
-            host._commit(1, 1)
-        assert weights.state is State.REFITTING
+            leader.commit(1, 1)
+        assert engine.weights.state is State.POISONED
+        leader.close()
 
     def any_rank(patch: pytest.MonkeyPatch) -> None:
-        done = Host._rank_done
+        count = Host._count
 
-        def all_done(self: Host, message: Any) -> None:
-            done(self, message)
-            self._done.setdefault(1, set()).update({0, 1})
+        def counts_all(self: Host, attempt: Any, rank: int) -> None:
+            for r in range(attempt.plan.source.ranks):
+                count(self, attempt, r)
 
-        patch.setattr(Host, "_rank_done", all_done)
+        patch.setattr(Host, "_count", counts_all)
 
-    only_with_the_fix(scenario, any_rank)
+    only_with_the_fix(scenario, any_rank, Unnoticed, "DID NOT RAISE RefitError")
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -455,7 +484,7 @@ def test_a_read_that_a_refit_tears(slots: int) -> None:
         patch.setattr(Weights, "_take", unheld)
         patch.setattr(Weights, "_give", lambda self, lease: None)
 
-    only_with_the_fix(scenario, no_lease)
+    only_with_the_fix(scenario, no_lease, AssertionError, r"^assert \d+ == 0")
 
 
 def test_memory_that_the_trainer_took_elsewhere() -> None:
@@ -478,7 +507,10 @@ def test_memory_that_the_trainer_took_elsewhere() -> None:
             for name, value in engine.session.target.checksums()[0].items():
                 assert value == _cpu.xxh3(named[name].data_ptr(), named[name].nbytes), name
 
-        only_with_the_fix(scenario, lambda patch: patch.setattr(PosixShm, "_bind", lambda self: None))
+        def where_it_lay(patch: pytest.MonkeyPatch) -> None:
+            patch.setattr(Bound, "refresh", lambda self: None)
+
+        only_with_the_fix(scenario, where_it_lay, AssertionError, "embed_tokens.weight")
         # modelscope/ms-swift#10207: what the engine has is no alias of the trainer's memory
         before = engine.generate(P.PROMPTS, P.SAMPLING, seeds=P.SEEDS)
         with torch.no_grad():
@@ -490,24 +522,47 @@ def test_memory_that_the_trainer_took_elsewhere() -> None:
 # -------------------------------------------------------------------------------------------------------------------- memory
 
 
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of what this thread's torch operations make anew; tracemalloc sees numpy's, and not these."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.nbytes += t.untyped_storage().nbytes()
+        return out
+
+
 def test_a_refit_gathers_nothing() -> None:
     """NVIDIA-NeMo/RL#70: whole tensors were gathered, and memory ran out. Here a refit allocates nothing on the trainer's side."""
-    import tracemalloc
+    from fastrlhf.generation import EmbeddedProcessEngine
+    from fastrlhf.refit.transports.posix_shm import PosixShm
 
-    model = P.decoder(0)
-    from fastrlhf.refit.live import catalogue_of, parameters_of
+    with EmbeddedProcessEngine(P.decoder(0)) as engine:
+        engine.update_weights(None, 0)
 
-    catalogue = catalogue_of(model)
-    plan = make_plan(catalogue, catalogue)
-    places = Places.of_tensors(catalogue, 0, parameters_of(model))
-    engine = P.decoder(1)
-    other = Places.of_tensors(catalogue, 0, parameters_of(engine))
-    table = copies(plan, plan.between(0, 0), places, other)
-    tracemalloc.start()
-    run(table)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 4096
+        def scenario() -> None:
+            tracemalloc.start()
+            with Allocations() as made:
+                engine.update_weights(None, engine.version + 1)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert made.nbytes == 0
+            assert peak < 16 << 10  # messages
+
+        def gathering(patch: pytest.MonkeyPatch) -> None:
+            transfer = PosixShm.transfer
+
+            def gathers(self: PosixShm, epoch: int) -> Any:
+                torch.cat([t.detach().flatten() for t in self._bound.tensors.values()])
+                return transfer(self, epoch)
+
+            patch.setattr(PosixShm, "transfer", gathers)
+
+        only_with_the_fix(scenario, gathering, AssertionError, r"^assert \d+ == 0")
 
 
 def test_offsets_that_a_dtype_does_not_divide() -> None:
@@ -521,6 +576,5 @@ def test_offsets_that_a_dtype_does_not_divide() -> None:
 
     def back_to_back(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(foreign, "ALIGN", 1)
-        patch.setattr(Staging, "pack", lambda self, bucket: [0, 3, 15])
 
-    only_with_the_fix(scenario, back_to_back)
+    only_with_the_fix(scenario, back_to_back, RuntimeError, "must be divisible by 4")

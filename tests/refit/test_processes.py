@@ -86,6 +86,14 @@ def test_a_trainer_killed_at_any_phase(slots: int, tmp_path: Path) -> None:
             good.target.close()
 
 
+def test_a_trainer_killed_while_a_fork_of_it_lives(tmp_path: Path) -> None:
+    with P.engine(tmp_path / "s", 1) as engine:
+        P.session_at(engine.connect(), 0).refit(0)
+        assert P.trainer(engine.path, 1, 1, "commit", forks=True).wait(60) == -signal.SIGKILL
+        until(lambda: engine.state()["state"] == "poisoned", 1)
+        assert P.session_at(engine.connect(), 1).refit(2).version == 2
+
+
 @pytest.mark.parametrize(
     ("slots", "phases"),
     [(1, ("transfer", "done")), pytest.param(2, ("begin", "transfer", "commit", "done"), marks=pytest.mark.slow)],
@@ -141,6 +149,36 @@ def test_the_engine_ends_with_its_trainer() -> None:
     assert process is not None and engine.session is not None
     engine.session.target.close()  # what the kernel does for a trainer that is killed
     assert process.wait(1) == 0
+    engine.close()
+
+
+def mapped() -> int:
+    """Bytes of shared memory of refits in this process."""
+    lines = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if "fastrlhf-refit" in line
+    ]
+    return sum(int(end, 16) - int(begin, 16) for begin, end in lines)
+
+
+def test_the_memory_of_an_engine_that_is_gone_is_let_go_of() -> None:
+    engine = EmbeddedProcessEngine(P.decoder(0))
+    before = mapped()
+    engine.update_weights(None, 0)
+    assert mapped() > before
+    engine.close()
+    assert mapped() == before
+    engine.update_weights(None, 1)
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    with pytest.raises(PeerLost):
+        engine.generate(P.PROMPTS, P.SAMPLING, seeds=P.SEEDS)
+    assert mapped() == before
+    engine.update_weights(None, 2)
+    os.kill(engine.pid, signal.SIGKILL)
+    assert engine.session is not None
+    with pytest.raises(PeerLost):
+        engine.session.refit(3)
+    assert mapped() == before
     engine.close()
 
 
@@ -248,7 +286,7 @@ def test_an_attempt_is_its_own_trainers(tmp_path: Path) -> None:
     with P.engine(tmp_path / "s", 2) as engine:
         one, two = (P.session_at(engine.connect(), seed).target for seed in (5, 6))
         one.begin(1, 3, "drain", 5)
-        with pytest.raises(RefitError, match="has not said that it is done"):
+        with pytest.raises(RefitError, match="attempt 1 is under way"):
             two.begin(2, 4, "drain", 5)
         two.fail(1, "not its own")
         two.fail(2, "never begun")
@@ -268,21 +306,12 @@ def test_an_attempt_is_its_own_trainers(tmp_path: Path) -> None:
 
 def test_an_interrupted_question_closes_the_channel() -> None:
     """Its answer would be taken for that to the next one."""
-    ours, theirs = socket.socketpair()
+    ours, _theirs = socket.socketpair()
     channel = Channel(ours, "engine")
-
-    class Interrupting:
-        def __getattr__(self, name: str) -> object:
-            return getattr(ours, name)
-
-        def settimeout(self, seconds: float | None) -> None:
-            if seconds is not None:
-                raise KeyboardInterrupt
-
-    channel.socket = Interrupting()  # type: ignore[assignment]
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         channel.ask({"kind": "commit"}, 5)
-    assert not channel.alive and not theirs.recv(1 << 16).endswith(b"late")
+    assert not channel.alive
     with pytest.raises(PeerLost):
         channel.ask({"kind": "fail"}, 5)
 

@@ -123,6 +123,40 @@ def test_weights_overwritten_outside_of_a_refit() -> None:
     assert w.commit(1) == w.acquire().version == 1
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+def test_an_attempt_that_is_given_up_makes_nothing_whole(slots: int) -> None:
+    w = Weights(slots, version=0)
+    w.spoil("half a checkpoint")
+    w.begin(1, 1, "drain", 1)
+    if slots == 2:
+        with pytest.raises(RefitError, match="a refit has been under way for"):
+            w.acquire(0.05)  # nor while it is under way
+    assert w.fail(1, "gone", written=slots == 2) is State.POISONED
+    with pytest.raises(Poisoned, match="half a checkpoint"):
+        w.acquire()
+    assert refit(w, 2, 2) == slots - 1 and w.acquire().version == 2
+
+
+def test_an_attempt_that_waits_for_readers_of_spoiled_weights() -> None:
+    w = Weights(1, version=0)
+    w.acquire()
+    w.spoil("half a checkpoint")
+    with pytest.raises(RefitError, match="did not stop"):
+        w.begin(1, 1, "drain", 0.05)
+    assert w.state is State.POISONED
+    later(0.05, lambda: w.fail(2, "gone"))
+    with pytest.raises(StaleEpoch, match="given up"):
+        w.begin(2, 1, "drain", 5)
+    assert w.state is State.POISONED
+
+
+def test_an_attempt_that_wrote_nothing_costs_nothing() -> None:
+    for version, after in ((None, State.EMPTY), (3, State.SERVING)):
+        w = Weights(1, version)
+        w.begin(1, 4, "drain", 5)
+        assert w.fail(1, "refused elsewhere", written=False) is after
+
+
 def test_a_message_of_another_attempt_is_refused() -> None:
     w = Weights(2, version=0)
     w.begin(7, 1, "drain", 5)
@@ -198,6 +232,15 @@ def test_what_a_session_holds_after_a_failure(atomic: bool, fails: str, error: B
     assert target.calls[-1] == "fail"
     target.fails = ""
     assert session.refit(3).epoch == 3 and session.require_serving() == 3
+
+
+def test_an_atomic_target_that_was_not_whole_before() -> None:
+    target = Scripted(True, "transfer")
+    session = Session(target, version=1)
+    session.spoil("slept")
+    with pytest.raises(RefitError):
+        session.refit(2)
+    assert session.state is State.POISONED
 
 
 def test_bad_arguments_are_named() -> None:

@@ -8,17 +8,17 @@
     done {epoch, hashes}            ->     after a rank's copies
     commit {epoch}                  ->     the version, once every rank is done      REFITTING -> SERVING
     outcome {epoch}                 ->     the same, to the other ranks
-    fail {epoch, reason}            ->     the state
+    fail {epoch, reason, written}   ->     the state
 
 A trainer that is gone, or takes longer than it said, ends the attempt. An attempt belongs to the connections that began or
-joined it: others can neither end it nor begin another while one of them may still write.
+joined it, all by one plan: others can neither end it nor begin another while one of them may still write.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,28 @@ from .states import PeerLost, RefitError, StaleEpoch, State, Weights
 from .wire import Channel, Message
 
 
-@dataclass
+@dataclass(eq=False)
+class Attempt:
+    """A refit of one plan: the slot that it writes, the source ranks whose part is there, and the clock that ends it."""
+
+    epoch: int
+    slot: int
+    version: int
+    plan: Plan
+    clock: threading.Timer
+    done: set[int] = field(default_factory=set)
+
+
+@dataclass(eq=False)
 class Visit:
-    """One trainer rank's connection: the attempt that it takes part in, -1 for none, and the plan it agreed on."""
+    """One trainer rank's connection: the plan it agreed on, and the attempt that it takes part in."""
 
     channel: Channel
-    epoch: int = -1
     plan: Plan | None = None
+    attempt: Attempt | None = None
+
+    def alive(self) -> bool:
+        return self.channel.alive
 
 
 class Host:
@@ -53,13 +68,12 @@ class Host:
         committed: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
         self.dest, self.weights, self.arena, self.rank = dest, weights, arena, rank
-        self.plan: Plan | None = None  # the last that was agreed on, then that of the attempt under way
         self._committed = committed
         self._places, self.slot_bytes = self._lay()
-        self._lock = threading.Condition()
-        self._done: dict[int, set[int]] = {}  # by epoch
-        self._writing: dict[int, int] = {}  # epoch by connection
-        self._watch: threading.Timer | None = None
+        self._lock = weights.changed  # state, attempt and writers change together
+        self._plan: Plan | None = None  # the last that was agreed on
+        self._attempt: Attempt | None = None  # the last that began
+        self._writing: set[Visit] = set()
 
     def _lay(self) -> tuple[list[Places], int]:
         """Where the parameters of each slot lie, and the bytes of one."""
@@ -89,10 +103,9 @@ class Host:
         except PeerLost as error:
             reason = str(error)
         finally:
-            self._leave(visit)
-            if visit.epoch >= 0:
-                self.weights.fail(visit.epoch, reason)
+            self._give_up(visit, reason)
             channel.close()
+            self._closed(visit)
 
     def _answer(self, visit: Visit, message: Message) -> tuple[Message, tuple[int, ...]]:
         w, kind = self.weights, message["kind"]
@@ -106,29 +119,26 @@ class Host:
     def _answers(self, visit: Visit, message: Message, kind: str) -> Message:
         w = self.weights
         if kind == "plan":
-            return {"digest": self._plan(visit, from_message(message["source"]), message["digest"], message["ignore"])}
+            return {"digest": self._agree(visit, message)}
         if kind == "begin":
             return {"slot": self._begin(visit, message)}
         if kind == "join":
             return self._join(visit, message)
         if kind == "done":
-            self._own(visit, message)
-            self._rank_done(message)
+            self._rank_done(self._own(visit, message), message)
             self._leave(visit)
             return {}
         if kind == "commit":
-            version = self._commit(self._own(visit, message), float(message["timeout"]))
-            visit.epoch = -1
+            version = self._commit(self._own(visit, message), float(message["timeout"]), visit.alive)
+            visit.attempt = None
             return {"version": version}
         if kind == "outcome":
-            version = w.outcome(self._own(visit, message), float(message["timeout"]))
-            visit.epoch = -1
+            version = w.outcome(self._own(visit, message).epoch, float(message["timeout"]), visit.alive)
+            visit.attempt = None
             return {"version": version}
         if kind == "fail":
-            self._leave(visit)
-            if visit.epoch == int(message["epoch"]):
-                visit.epoch = -1
-                w.fail(int(message["epoch"]), message["reason"])
+            if visit.attempt is not None and visit.attempt.epoch == int(message["epoch"]):
+                self._give_up(visit, message["reason"], written=message["written"])
             return {"state": w.state.value}
         if kind == "state":
             return {"state": w.state.value, "version": w.version, "epoch": w.epoch, "reason": w.reason}
@@ -137,16 +147,28 @@ class Host:
         raise ValueError(f"kind: {kind!r} is not a message of this protocol")
 
     @staticmethod
-    def _own(visit: Visit, message: Message) -> int:
-        """The message's epoch, which must be that of this connection's attempt."""
-        if int(message["epoch"]) != visit.epoch:
-            raise StaleEpoch(f"epoch: {message['epoch']} is not this connection's attempt ({visit.epoch})")
-        return visit.epoch
+    def _own(visit: Visit, message: Message) -> Attempt:
+        """The message's attempt, which must be this connection's."""
+        attempt = visit.attempt
+        if attempt is None or int(message["epoch"]) != attempt.epoch:
+            raise StaleEpoch(f"epoch: {message['epoch']} is not this connection's attempt ({attempt and attempt.epoch})")
+        return attempt
 
     def _leave(self, visit: Visit) -> None:
         """It writes no more."""
         with self._lock:
-            self._writing.pop(id(visit), None)
+            self._writing.discard(visit)
+
+    def _give_up(self, visit: Visit, reason: str, *, written: bool = True) -> None:
+        """Ends the visit's attempt; whether something was `written` is what this rank says, and the others may have."""
+        with self._lock:
+            self._leave(visit)
+            attempt, visit.attempt = visit.attempt, None
+            if attempt is not None:
+                self.weights.fail(attempt.epoch, reason, written=written or bool(attempt.done or self._writing))
+
+    def _closed(self, visit: Visit) -> None:
+        """The connection has ended: for what was kept for it."""
 
     def checksums(self) -> dict[str, int]:
         """XXH3-64 of each parameter that is served."""
@@ -158,87 +180,85 @@ class Host:
         finally:
             self.weights.release(lease)
 
-    def _plan(self, visit: Visit, source: Catalogue, digest: str, ignore: list[str]) -> str:
-        with self._lock:
-            plan = self.plan
-            if plan is None or plan.digest != digest:
-                plan = make_plan(source, self.dest, ignore=frozenset(ignore))
-                if plan.digest != digest:
-                    raise PlanError(f"plan: the trainer's has the digest {digest[:16]}, this one {plan.digest[:16]}")
-            visit.plan = plan
-            if not self._writing:
-                self.plan = plan
-            return plan.digest
+    def _agree(self, visit: Visit, message: Message) -> str:
+        if visit.attempt is not None:
+            raise RefitError(f"plan: attempt {visit.attempt.epoch} of this connection is under way")
+        digest, plan = message["digest"], self._plan
+        if plan is None or plan.digest != digest:
+            plan = make_plan(from_message(message["source"]), self.dest, ignore=frozenset(message["ignore"]))
+            if plan.digest != digest:
+                raise PlanError(f"plan: the trainer's has the digest {digest[:16]}, this one {plan.digest[:16]}")
+        visit.plan = self._plan = plan
+        return plan.digest
 
     def _begin(self, visit: Visit, message: Message) -> int:
         if visit.plan is None:
             raise RefitError("plan: none has been agreed on")
-        epoch, timeout = int(message["epoch"]), float(message["timeout"])
-        with self._lock:
-            if others := [e for v, e in self._writing.items() if v != id(visit)]:
+        epoch, version, timeout = int(message["epoch"]), int(message["version"]), float(message["timeout"])
+
+        def admit() -> None:
+            if others := [v.attempt.epoch for v in self._writing - {visit} if v.attempt is not None]:
                 raise RefitError(f"begin: whoever wrote attempt {max(others)} has not said that it is done, and is still there")
-        channel = visit.channel
-        slot = self.weights.begin(epoch, int(message["version"]), message["mode"], timeout, alive=lambda: channel.alive)
+
         with self._lock:
-            visit.epoch, self.plan = epoch, visit.plan
-            self._writing[id(visit)] = epoch
-            self._done = {e: ranks for e, ranks in self._done.items() if e == epoch}
-        self._watch = threading.Timer(timeout, self.weights.fail, (epoch, f"it took longer than {timeout:g} s"))
-        self._watch.daemon = True
-        self._watch.start()
+            slot = self.weights.begin(epoch, version, message["mode"], timeout, alive=visit.alive, admit=admit)
+            if self._attempt is not None:
+                self._attempt.clock.cancel()
+            clock = threading.Timer(timeout, self.weights.fail, (epoch, f"it took longer than {timeout:g} s"))
+            clock.daemon = True
+            clock.start()
+            self._attempt = visit.attempt = Attempt(epoch, slot, version, visit.plan, clock)
+            self._writing.add(visit)
         return slot
 
     def _join(self, visit: Visit, message: Message) -> Message:
-        timeout = float(message["timeout"])
-        if not self.weights.wait((State.REFITTING,), int(message["after"]), timeout):
-            raise RefitError(f"join: no attempt after {message['after']} began within {timeout:g} s")
-        epoch = self.weights.epoch
-        slot = self.weights.current(epoch)
+        w, after, timeout = self.weights, int(message["after"]), float(message["timeout"])
         with self._lock:
-            visit.epoch = epoch
-            self._writing[id(visit)] = epoch
-        return {"epoch": epoch, "slot": slot}
+            if not w.until(lambda: w.epoch > after and w.state is State.REFITTING, timeout, visit.alive):
+                raise RefitError(f"join: no attempt after {after} began within {timeout:g} s")
+            attempt = self._attempt
+            assert attempt is not None
+            if visit.plan is None or visit.plan.digest != attempt.plan.digest:
+                raise PlanError(f"join: attempt {attempt.epoch} has another plan")
+            visit.attempt = attempt
+            self._writing.add(visit)
+        return {"epoch": attempt.epoch, "slot": attempt.slot}
 
-    def _rank_done(self, message: Message) -> None:
+    def _rank_done(self, attempt: Attempt, message: Message) -> None:
         """A source rank's copies are in place; what it hashed must be what lies here."""
-        epoch, rank = int(message["epoch"]), int(message["rank"])
-        slot = self.weights.current(epoch)
+        rank, plan = int(message["rank"]), attempt.plan
         if message.get("hashes") is not None:
-            assert self.plan is not None
-            ops = self.plan.between(rank, self.rank)
-            table = copies(self.plan, ops, None, self._places[slot])
+            ops = plan.between(rank, self.rank)
+            table = copies(plan, ops, None, self._places[attempt.slot])
             table[:, [0, 1, 4, 5]] = table[:, [1, 0, 5, 4]]  # hashed where they lie
             found = run(table, hashes=True)
             wrong = np.flatnonzero(found != np.array(message["hashes"], np.uint64))
             if wrong.size:
-                param = self.plan.ops[ops[wrong[0]], 3]
+                param = plan.ops[ops[wrong[0]], 3]
                 raise RefitError(f"{self.dest.params.title(int(param))}: what arrived is not what rank {rank} sent")
+        self._count(attempt, rank)
+
+    def _count(self, attempt: Attempt, rank: int) -> None:
+        """A source rank's part is there, if that was in time."""
         with self._lock:
-            self.weights.current(epoch)
-            self._done.setdefault(epoch, set()).add(rank)
+            self.weights.current(attempt.epoch)
+            attempt.done.add(rank)
             self._lock.notify_all()
 
-    def _commit(self, epoch: int, timeout: float) -> int:
+    def _commit(self, attempt: Attempt, timeout: float, alive: Callable[[], bool]) -> int:
         """Waits for the other ranks' parts."""
-        plan = self.plan
-        assert plan is not None
+        w, plan = self.weights, attempt.plan
         needed = set(plan.source_rank[plan.between(dest=self.rank)].tolist())
-        with self._lock:
-            self._lock.wait_for(lambda: self._ended(epoch) or needed <= self._done.get(epoch, set()), timeout)
-            missing = needed - self._done.get(epoch, set())
-        if missing:
+        w.until(lambda: needed <= attempt.done or w.ended(attempt.epoch), timeout, alive)
+        if missing := needed - attempt.done:
             raise RefitError(f"commit: rank(s) {sorted(missing)} have not written their part within {timeout:g} s")
-        slot = self.weights.current(epoch)
-        self._fill_pads(slot)
+        w.current(attempt.epoch)
+        self._fill_pads(attempt.slot)
         if self._committed is not None:
-            self._committed(slot, self.weights._target[1])
-        version = self.weights.commit(epoch)
-        if self._watch is not None:
-            self._watch.cancel()
+            self._committed(attempt.slot, attempt.version)
+        version = w.commit(attempt.epoch)
+        attempt.clock.cancel()
         return version
-
-    def _ended(self, epoch: int) -> bool:
-        return self.weights.epoch != epoch or self.weights.state is not State.REFITTING
 
     def _fill_pads(self, slot: int) -> None:
         """Zeros where no tensor has anything. Nobody else writes there, but whoever owns the memory may have."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from .catalogue import Catalogue, Ints, PlanError, sizes
+from .catalogue import DTYPES, Catalogue, Ints, PlanError, sizes
 from .plan import Plan
 
 ALIGN = 512  # bytes between parameters of an arena: what every engine's kernels ask for, and more than a cache line
@@ -55,20 +56,25 @@ class Places:
         for i, name in catalogue.of_rank(rank):
             if name not in tensors:
                 raise PlanError(f"{name}: rank {rank} has no such tensor")
-            t = tensors[name]
-            rows, cols = matrix_of(t)
-            if (rows, cols) != tuple(catalogue.params.shape[i]) or t.dtype.itemsize != sizes(catalogue.params.dtype[i : i + 1])[
-                0
-            ]:
-                raise PlanError(
-                    f"{name}: expected {tuple(catalogue.params.shape[i])} elements, got a tensor {tuple(t.shape)} of {t.dtype}"
-                )
-            if (cols > 1 and t.stride(-1) != 1) or (t.dim() > 2 and not t.is_contiguous()):
-                raise PlanError(f"{name}: expected contiguous rows, got strides {t.stride()}")
-            out.address[i] = t.data_ptr()
-            if t.dim() == 2 or t.dim() == 1:
-                out.pitch[i] = t.stride(0) * t.dtype.itemsize
+            out.put(i, tensors[name], tensors[name].data_ptr())
         return out
+
+    def put(self, i: int, t: Tensor, address: int) -> None:
+        """Parameter i lies at an address as `t` does; what `t` holds is not looked at.
+
+        Raises:
+            PlanError: as `of_tensors`.
+        """
+        params = self.catalogue.params
+        name, shape, dtype = params.names[i], params.shape[i].tolist(), DTYPES[params.dtype[i]]
+        rows, cols = matrix_of(t)
+        if [rows, cols] != shape or t.dtype is not getattr(torch, dtype):
+            raise PlanError(f"{name}: expected {tuple(shape)} elements of {dtype}, got a tensor {tuple(t.shape)} of {t.dtype}")
+        if (cols > 1 and t.stride(-1) != 1) or (t.dim() > 2 and not t.is_contiguous()):
+            raise PlanError(f"{name}: expected contiguous rows, got strides {t.stride()}")
+        self.address[i] = address
+        if t.dim() in (1, 2):
+            self.pitch[i] = t.stride(0) * t.dtype.itemsize
 
     @staticmethod
     def in_arena(catalogue: Catalogue, rank: int, base: int) -> tuple[Places, int]:
@@ -79,6 +85,28 @@ class Places:
             out.address[i] = base + at
             at += -(-int(nbytes[i]) // ALIGN) * ALIGN
         return out, max(at, ALIGN)
+
+
+class Bound:
+    """One rank's live tensors, and what `bind` made of where they lie: at once, and again at a `refresh` after one has moved.
+
+    Raises:
+        PlanError: as `Places.of_tensors`.
+    """
+
+    def __init__(
+        self, catalogue: Catalogue, rank: int, tensors: Mapping[str, Tensor], bind: Callable[[Places], None]
+    ) -> None:  # fmt: skip
+        self.catalogue, self.rank, self.tensors = catalogue, rank, dict(tensors)
+        self._bind = bind
+        self._seen: list[object] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        found: list[object] = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self.tensors.values()]
+        if found != self._seen:
+            self._bind(Places.of_tensors(self.catalogue, self.rank, self.tensors))
+            self._seen = found
 
 
 def matrix_of(t: Tensor) -> tuple[int, int]:

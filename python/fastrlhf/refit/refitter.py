@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .catalogue import DTYPES, Catalogue, PlanError
-from .memory import ALIGN, Places, copies, run
+from .memory import ALIGN, Bound, Places, copies, run
 from .plan import make_plan
 from .session import Transfer
 from .states import RefitError
@@ -53,11 +53,13 @@ class RefitterTarget:
         self._ops = self.plan.between(dest=rank)
         if len(set(self.plan.source_rank[self._ops].tolist())) > 1:
             raise PlanError("source: expected one rank that holds all; gather first")
-        self._table = copies(self.plan, self._ops, Places.of_tensors(source, 0, tensors), self._places)
-        self._tensors = dict(tensors)
+        self._bound = Bound(source, 0, tensors, self._bind)
         self.nbytes = int(self.plan.nbytes[self._ops].sum())
         location = trt.TensorLocation.DEVICE if device.type == "cuda" else trt.TensorLocation.HOST
         self._give(trt, dest, rank, location)
+
+    def _bind(self, places: Places) -> None:
+        self._table = copies(self.plan, self._ops, places, self._places)
 
     def _give(self, trt: Any, dest: Catalogue, rank: int, location: Any) -> None:
         known = set(self.refitter.get_all_weights())
@@ -78,6 +80,7 @@ class RefitterTarget:
         self._idle()
 
     def transfer(self, epoch: int) -> Transfer:
+        self._bound.refresh()
         if self.buffer.is_cuda:
             from .transports.cuda_ipc import run_on_device
 

@@ -99,7 +99,7 @@ class Session:
             self._phase("begin")
             self.target.begin(epoch, version, self.mode, self.timeout)
         except BaseException as error:
-            self._give_up(error, before if before is not State.EMPTY else State.EMPTY)
+            self._give_up(error, before)
             raise
         self.state = State.REFITTING
         try:
@@ -108,7 +108,7 @@ class Session:
             self._phase("commit")
             self.target.commit(epoch, version)
         except BaseException as error:
-            whole = self.target.atomic and self.version >= 0 and not isinstance(error, PeerLost)
+            whole = self.target.atomic and before is State.SERVING and not isinstance(error, PeerLost)
             self._give_up(error, State.SERVING if whole else State.POISONED)
             raise
         self.state, self.version = State.SERVING, version

@@ -131,6 +131,7 @@ class EmbeddedProcessEngine:
         except PeerLost:
             ended = True
             self.session.state, self.session.reason = State.POISONED, "its process is gone"
+            self.session.target.close()  # its memory is of no use
             raise
         except KeyboardInterrupt:  # perhaps in the middle of a message
             ended = True

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..catalogue import Catalogue, Ints
-from ..memory import Places, copies, run
+from ..memory import Bound, Places, copies, run
 from ..plan import Plan
 from ..session import Transfer
-from ..states import PeerLost, RefitError, StaleEpoch, Weights
+from ..states import MODES, PeerLost, RefitError, StaleEpoch, Weights
 
 BUCKET = 64 << 20
 _BEGIN, _GO, _DATA, _COMMIT, _FAIL, _STOP = range(6)
@@ -94,20 +94,23 @@ class CollectiveSource(_Side):
     ) -> None:  # fmt: skip
         super().__init__(plan, sources, dests, next(iter(tensors.values())).device, group, bucket)
         self.rank = rank
-        places = Places.of_tensors(plan.source, rank, tensors)
-        self._held = dict(tensors)
-        self._out = [self.tables(plan.between(rank, d), places, None) for d in range(plan.dest.ranks)]
+        self._bound = Bound(plan.source, rank, tensors, self._bind)
         self.nbytes = int(plan.nbytes[plan.between(rank)].sum())
+
+    def _bind(self, places: Places) -> None:
+        ops = (self.plan.between(self.rank, d) for d in range(self.plan.dest.ranks))
+        self._out = [self.tables(o, places, None) for o in ops]
 
     def begin(self, epoch: int, version: int, mode: str, timeout: float) -> None:
         for to in self.dests:
-            self.tell(to, _BEGIN, epoch, version, self._word, ("drain", "abort", "keep").index(mode))
+            self.tell(to, _BEGIN, epoch, version, self._word, MODES.index(mode))
         answers = [self.hear(of) for of in self.dests]  # all of them, or the next attempt would hear the rest
         for of, (kind, theirs, *_) in zip(self.dests, answers, strict=True):
             if kind != _GO or theirs != epoch:
                 raise RefitError(f"rank {of}: refused attempt {epoch}; it is at {theirs}")
 
     def transfer(self, epoch: int) -> Transfer:
+        self._bound.refresh()
         for d, buckets in enumerate(self._out):
             for table, message in buckets:
                 self.copy(table)
@@ -140,16 +143,21 @@ class CollectiveDest(_Side):
         dests: Sequence[int], *, group: Any = None, bucket: int = BUCKET, timeout: float = 600.0,
     ) -> None:  # fmt: skip
         super().__init__(plan, sources, dests, next(iter(tensors.values())).device, group, bucket)
+        if weights.slots != 1:
+            raise RefitError(f"weights: expected one slot, the one of `tensors`, got {weights.slots}")
         self.rank, self.weights, self.timeout = rank, weights, timeout
-        self._tensors = dict(tensors)
-        places = Places.of_tensors(plan.dest, rank, tensors)
-        self._in = [self.tables(plan.between(s, rank), None, places) for s in range(plan.source.ranks)]
+        self._written = False  # something, in the attempt under way
+        self._bound = Bound(plan.dest, rank, tensors, self._bind)
+
+    def _bind(self, places: Places) -> None:
+        ops = (self.plan.between(s, self.rank) for s in range(self.plan.source.ranks))
+        self._in = [self.tables(o, None, places) for o in ops]
 
     def serve(self) -> None:
         """Takes refits, one after another, in the calling thread.
 
         Raises:
-            PeerLost: a trainer rank is gone; in the middle of a refit the weights are poisoned.
+            PeerLost: a trainer rank is gone; in the middle of a refit the weights are poisoned, as by any other error.
         """
         while self._one():
             pass
@@ -164,8 +172,10 @@ class CollectiveDest(_Side):
         try:
             if any(words != asked[0] for words in asked) or asked[0][0] != _BEGIN or digest != self._word:
                 raise StaleEpoch("the trainer's ranks do not agree with each other, or not with this plan")
-            self.weights.begin(epoch, version, ("drain", "abort", "keep")[mode], self.timeout)
-        except RefitError:
+            self._bound.refresh()
+            self.weights.begin(epoch, version, MODES[mode], self.timeout)
+            self._written = False
+        except (RefitError, ValueError, IndexError):
             for to in self.sources:
                 self.tell(to, _FAIL, self.weights.epoch)
             return True
@@ -174,19 +184,20 @@ class CollectiveDest(_Side):
                 self.tell(to, _GO, epoch)
             whole = [self._take(s, epoch) for s in range(len(self.sources))]
             ends = [ok and self.hear(of)[:2] == [_COMMIT, epoch] for ok, of in zip(whole, self.sources, strict=True)]
-            if not all(ends):
+            if all(ends):
+                self._fill_pads()
+                self._settle()
+                self.weights.commit(epoch)
+            else:
                 for to, commits in zip(self.sources, ends, strict=True):
                     if commits:  # it waits for an answer, and says then that it gives up
                         self.tell(to, _FAIL, epoch)
                         self.hear(to)
-                raise RefitError("the trainer gave it up")
-            self._fill_pads()
-            self.weights.commit(epoch)
-        except RefitError as error:
-            self.weights.fail(epoch, str(error))
-            if isinstance(error, PeerLost):
-                raise
-            return True
+                self.weights.fail(epoch, "the trainer gave it up", written=self._written)
+                return True
+        except BaseException as error:
+            self.weights.fail(epoch, str(error), written=self._written)
+            raise
         for to in self.sources:
             self.tell(to, _COMMIT, epoch, version)
         return True
@@ -198,6 +209,7 @@ class CollectiveDest(_Side):
             if self.hear(of)[:2] != [_DATA, epoch]:
                 return False
             self._guarded(lambda: dist.recv(message, of, self.group), of)
+            self._written = True
             self.copy(table)
         return True
 
@@ -206,4 +218,9 @@ class CollectiveDest(_Side):
         for param, row, col, rows, cols in p.pads.tolist():
             if p.params.rank[param] == self.rank:
                 shape = p.params.shape[param].tolist()
-                self._tensors[p.params.names[param]].detach().view(shape)[row : row + rows, col : col + cols] = 0
+                self._bound.tensors[p.params.names[param]].detach().view(shape)[row : row + rows, col : col + cols] = 0
+
+    def _settle(self) -> None:
+        """Until the device has done what was asked of it: other streams read the weights once they are served."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()

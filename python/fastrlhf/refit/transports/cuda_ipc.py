@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..catalogue import Catalogue, Ints, PlanError, from_message, to_message
-from ..host import Host, Visit, answered
-from ..memory import Places, copies
+from ..host import Attempt, Host, Visit, answered
+from ..memory import Bound, Places, copies
 from ..plan import make_plan
 from ..session import Transfer
 from ..states import RefitError, Weights
@@ -29,8 +31,8 @@ TILE = 64 << 10  # bytes that a block of the copy kernel moves
 class Device(Protocol):
     """What the transport needs of a GPU; `Gpu` is it, the tests have one on the CPU."""
 
-    def export(self, address: int) -> tuple[bytes, int]:
-        """(handle of the allocation, offset of the address in it)."""
+    def export(self, address: int) -> tuple[bytes, int, int]:
+        """(handle of the allocation, offset of the address in it, bytes of the allocation)."""
 
     def open(self, handle: bytes) -> int:
         """Where another process's allocation lies here."""
@@ -40,6 +42,8 @@ class Device(Protocol):
     def event(self) -> tuple[int, bytes]: ...
 
     def open_event(self, handle: bytes) -> int: ...
+
+    def close_event(self, event: int) -> None: ...
 
     def record(self, event: int) -> None:
         """After everything that this process has asked of the device on the current stream."""
@@ -53,12 +57,15 @@ class Device(Protocol):
     def run(self, table: Any) -> None:
         """The copies; they have taken place when this returns."""
 
+    def synchronize(self) -> None:
+        """Until everything that this process has asked of the device on the current stream is done."""
+
 
 class CudaIpc:
     """The `Target` of a trainer rank whose engine rank lies on the same GPU.
 
     Args:
-        tensors: this rank's parameters by name; they must stay where they are while the engine has them open.
+        tensors: this rank's parameters by name. Where one has moved all are exported again, at the next transfer.
     """
 
     atomic = False
@@ -68,8 +75,7 @@ class CudaIpc:
         rank: int = 0, ignore: frozenset[str] = frozenset(), timeout: float = 60.0,
     ) -> None:  # fmt: skip
         self.channel, self.rank, self.timeout = channel, rank, timeout
-        self.tensors = dict(tensors)
-        self.device = device or Gpu(next(iter(self.tensors.values())).device)
+        self.device = device or Gpu(next(iter(tensors.values())).device)
         self._ask({"kind": "hello", "rank": rank}, timeout)  # an engine that is there
         hello = self._ask({"kind": "catalogue"}, timeout)
         self.plan = make_plan(source, from_message(hello["catalogue"]), ignore=ignore)
@@ -77,35 +83,41 @@ class CudaIpc:
         self.version = int(hello["version"]) if int(hello["version"]) >= 0 else None
         self._ask({"kind": "plan", "source": to_message(source), "digest": self.plan.digest, "ignore": sorted(ignore)}, timeout)
         self.nbytes = int(self.plan.nbytes[self.plan.between(rank, int(hello["rank"]))].sum())
-        self._event, handle = self.device.event()
-        self._event_text = base64.b64encode(handle).decode()
-        self._exported: list[tuple[Tensor, int]] = []
+        self._tensors, self._seconds, self._written = dict(tensors), timeout, False
+        with ExitStack() as stack:
+            self._event, handle = self.device.event()
+            stack.callback(self.device.close_event, self._event)
+            self._event_text = base64.b64encode(handle).decode()
+            self._bound = Bound(source, rank, self._tensors, self._export)
+            self._closes = stack.pop_all()
 
-    def _export(self, timeout: float) -> None:
-        """Handles of the allocations that the parameters lie in; once, and again only where one has moved."""
-        if self._exported and all(t.data_ptr() == at for t, at in self._exported):
-            return
-        places: dict[str, list[Any]] = {}
-        handles: list[str] = []
+    def _export(self, places: Places) -> None:
+        """Handles of the allocations that the parameters lie in."""
+        tensors: dict[str, list[Any]] = {}
+        allocations: list[tuple[str, int]] = []
         number: dict[bytes, int] = {}
-        for name, t in self.tensors.items():
-            handle, offset = self.device.export(t.data_ptr())
+        for i, name in places.catalogue.of_rank(self.rank):
+            t = self._tensors[name]
+            handle, offset, nbytes = self.device.export(int(places.address[i]))
             if handle not in number:
-                number[handle] = len(handles)
-                handles.append(base64.b64encode(handle).decode())
-            places[name] = [number[handle], offset, list(t.shape), list(t.stride())]
-        self._ask({"kind": "export", "rank": self.rank, "handles": handles, "places": places}, timeout)
-        self._exported = [(t, t.data_ptr()) for t in self.tensors.values()]
+                number[handle] = len(allocations)
+                allocations.append((base64.b64encode(handle).decode(), nbytes))
+            dtype = str(t.dtype).removeprefix("torch.")
+            tensors[name] = [number[handle], offset, list(t.shape), list(t.stride()), dtype]
+        message: Message = {"kind": "export", "rank": self.rank, "event": self._event_text}
+        message |= {"allocations": allocations, "tensors": tensors}
+        self._ask(message, self._seconds)
 
     def begin(self, epoch: int, version: int, mode: str, timeout: float) -> None:
-        self._export(timeout)
-        self._seconds = timeout
+        self._seconds, self._written = timeout, False
         message = {"kind": "begin", "epoch": epoch, "version": version, "mode": mode, "timeout": timeout}
         self._ask(message if self.rank == 0 else {"kind": "join", "after": epoch - 1, "timeout": timeout}, timeout + 2)
 
     def transfer(self, epoch: int) -> Transfer:
+        self._bound.refresh()
+        self._written = True
         self.device.record(self._event)  # the weights are there when the stream has come this far
-        self._ask({"kind": "pull", "epoch": epoch, "rank": self.rank, "event": self._event_text}, self._seconds)
+        self._ask({"kind": "pull", "epoch": epoch, "rank": self.rank}, self._seconds)
         return Transfer(self.nbytes, 1)
 
     def commit(self, epoch: int, version: int) -> None:
@@ -113,13 +125,24 @@ class CudaIpc:
         self._ask({"kind": kind, "epoch": epoch, "timeout": self._seconds}, self._seconds + 2)
 
     def fail(self, epoch: int, reason: str) -> None:
-        self._ask({"kind": "fail", "epoch": epoch, "reason": reason}, self.timeout)
+        self._ask({"kind": "fail", "epoch": epoch, "reason": reason, "written": self._written}, self.timeout)
 
     def close(self) -> None:
         self.channel.close()
+        self._closes.close()
 
     def _ask(self, message: Message, timeout: float) -> Message:
         return answered(self.channel.ask(message, timeout))
+
+
+@dataclass
+class _Export:
+    """What a connection's trainer rank has exported: its event, the copies out of its memory for each slot, and what is open
+    for them."""
+
+    event: int
+    tables: list[Any]
+    close: Callable[[], None]
 
 
 class CudaIpcHost(Host):
@@ -138,10 +161,7 @@ class CudaIpcHost(Host):
         self._tensors = [dict(s) for s in slots]
         self.device = device or Gpu(next(iter(self._tensors[0].values())).device)
         super().__init__(dest, weights, None, rank=rank, **more)
-        self._tables: dict[tuple[int, int], Any] = {}  # by source rank and slot
-        self._sources: dict[int, Places] = {}
-        self._opened: dict[int, list[int]] = {}
-        self._events: dict[str, int] = {}
+        self._exports: dict[Visit, _Export] = {}
 
     def _lay(self) -> tuple[list[Places], int]:
         return [Places.of_tensors(self.dest, self.rank, s) for s in self._tensors], 0
@@ -155,55 +175,60 @@ class CudaIpcHost(Host):
         if kind == "catalogue":
             w = self.weights
             return {"catalogue": to_message(self.dest), "rank": self.rank, "epoch": w.epoch, "version": w.version}
+        if kind == "plan":
+            self._closed(visit)  # its copies are of the plan before
         if kind == "export":
-            self._open(message)
+            self._closed(visit)
+            self._exports[visit] = self._open(visit, message)
             return {}
         if kind == "pull":
-            self._own(visit, message)
-            self._pull(message)
+            self._pull(self._own(visit, message), int(message["rank"]), self._exports.get(visit))
             self._leave(visit)
             return {}
         return super()._answers(visit, message, kind)
 
-    def _open(self, message: Message) -> None:
-        if self.plan is None:
-            raise RefitError("plan: none has been agreed on")
-        rank = int(message["rank"])
-        for base in self._opened.pop(rank, []):
-            self.device.close(base)
-        bases = [self.device.open(base64.b64decode(h)) for h in message["handles"]]
-        self._opened[rank] = bases
-        places = Places(self.plan.source, rank)
-        itemsize = self.plan.source.params.nbytes // self.plan.source.params.shape.prod(1)
-        for i, name in self.plan.source.of_rank(rank):
-            number, offset, shape, stride = message["places"][name]
-            places.address[i] = bases[number] + offset
-            if len(shape) <= 2:
-                places.pitch[i] = stride[0] * itemsize[i]
-        self._sources[rank] = places
-        for slot, dest in enumerate(self._places):
-            table = copies(self.plan, self.plan.between(rank, self.rank), places, dest)
-            self._tables[rank, slot] = self.device.table(table)
+    def _closed(self, visit: Visit) -> None:
+        # in the connection's own thread, like its pulls: none of them is under way
+        if (export := self._exports.pop(visit, None)) is not None:
+            export.close()
 
-    def _pull(self, message: Message) -> None:
-        epoch, rank, text = int(message["epoch"]), int(message["rank"]), message["event"]
-        slot = self.weights.current(epoch)
-        if (rank, slot) not in self._tables:
+    def _open(self, visit: Visit, message: Message) -> _Export:
+        if visit.plan is None:
+            raise RefitError("plan: none has been agreed on")
+        plan, rank, device = visit.plan, int(message["rank"]), self.device
+        with ExitStack() as stack:
+            bases = []
+            for text, _ in message["allocations"]:
+                bases.append(device.open(base64.b64decode(text)))
+                stack.callback(device.close, bases[-1])
+            event = device.open_event(base64.b64decode(message["event"]))
+            stack.callback(device.close_event, event)
+            places = Places(plan.source, rank)
+            for i, name in plan.source.of_rank(rank):
+                number, offset, shape, stride, dtype = message["tensors"][name]
+                like = torch.empty_strided(shape, stride, dtype=getattr(torch, dtype), device="meta")
+                places.put(i, like, bases[number] + offset)
+                extent, nbytes = like.untyped_storage().nbytes(), message["allocations"][number][1]
+                if not 0 <= offset <= nbytes - extent:
+                    raise PlanError(f"{name}: {extent} bytes from {offset} on are not within its allocation of {nbytes}")
+            ops = plan.between(rank, self.rank)
+            tables = [device.table(copies(plan, ops, places, dest)) for dest in self._places]
+            return _Export(event, tables, stack.pop_all().close)
+
+    def _pull(self, attempt: Attempt, rank: int, export: _Export | None) -> None:
+        if export is None:
             raise RefitError(f"export: rank {rank} has not exported its memory")
-        if text not in self._events:
-            self._events[text] = self.device.open_event(base64.b64decode(text))
-        self.device.wait(self._events[text])
-        self.device.run(self._tables[rank, slot])
-        with self._lock:
-            self.weights.current(epoch)  # a copy that took too long does not count
-            self._done.setdefault(epoch, set()).add(rank)
-            self._lock.notify_all()
+        self.weights.current(attempt.epoch)
+        self.device.wait(export.event)
+        self.device.run(export.tables[attempt.slot])
+        self._count(attempt, rank)  # a copy that took too long does not count
 
     def _fill_pads(self, slot: int) -> None:
         for param, row, col, rows, cols in self.dest.pads.tolist():
             if self.dest.params.rank[param] == self.rank:
                 shape = self.dest.params.shape[param].tolist()
                 self._tensors[slot][self.dest.params.names[param]].detach().view(shape)[row : row + rows, col : col + cols] = 0
+        self.device.synchronize()
 
     def checksums(self) -> dict[str, int]:
         raise RefitError("checksums: not of memory on a GPU")
@@ -242,46 +267,50 @@ class Gpu:
         except ImportError as error:
             raise RefitError(f"cuda_ipc: the CUDA extension is not built here ({error}); FASTRLHF_CUDA=on builds it") from error
         self.device = device
-        self._stream: Any = None
+        self._stream = torch.cuda.Stream(device)
 
-    def export(self, address: int) -> tuple[bytes, int]:
-        handle, offset, _ = self._cuda.ipc_export(address)
-        return handle, offset
+    def _call(self, name: str, *args: Any) -> Any:
+        with torch.cuda.device(self.device):  # handles, and streams by number 0, are of the current device
+            return getattr(self._cuda, name)(*args)
+
+    def export(self, address: int) -> tuple[bytes, int, int]:
+        return self._call("ipc_export", address)
 
     def open(self, handle: bytes) -> int:
-        with torch.cuda.device(self.device):
-            return int(self._cuda.ipc_open(handle))
+        return int(self._call("ipc_open", handle))
 
     def close(self, base: int) -> None:
-        self._cuda.ipc_close(base)
+        self._call("ipc_close", base)
 
     def event(self) -> tuple[int, bytes]:
-        with torch.cuda.device(self.device):
-            event, handle = self._cuda.ipc_event()
-        return event, handle
+        return self._call("ipc_event")
 
     def open_event(self, handle: bytes) -> int:
-        with torch.cuda.device(self.device):
-            return int(self._cuda.ipc_open_event(handle))
+        return int(self._call("ipc_open_event", handle))
+
+    def close_event(self, event: int) -> None:
+        self._call("close_event", event)
 
     def record(self, event: int) -> None:
-        self._cuda.record_event(event, torch.cuda.current_stream(self.device).cuda_stream)
+        self._call("record_event", event, torch.cuda.current_stream(self.device).cuda_stream)
 
     def wait(self, event: int) -> None:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)
-        self._cuda.wait_event(event, self._stream.cuda_stream)
+        self._call("wait_event", event, self._stream.cuda_stream)
 
     def table(self, table: Ints) -> Any:
         made = [torch.from_numpy(np.ascontiguousarray(t)).to(self.device) for t in (table, tiles(table))]
-        torch.cuda.current_stream(self.device).synchronize()
+        self.synchronize()
         return made
 
     def launch(self, table: Any, stream: Any) -> None:
         rows, cut = table
-        self._cuda.run_copies(rows.data_ptr(), cut.data_ptr(), cut.shape[0], stream.cuda_stream)
+        self._call("run_copies", rows.data_ptr(), cut.data_ptr(), cut.shape[0], stream.cuda_stream)
+        for t in table:
+            t.record_stream(stream)  # the caller may drop it before the kernel has read it
 
     def run(self, table: Any) -> None:
-        stream = self._stream or torch.cuda.current_stream(self.device)
-        self.launch(table, stream)
-        stream.synchronize()
+        self.launch(table, self._stream)
+        self._stream.synchronize()
+
+    def synchronize(self) -> None:
+        torch.cuda.current_stream(self.device).synchronize()

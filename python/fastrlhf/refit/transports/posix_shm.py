@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..catalogue import Catalogue, from_message, merged, to_message
 from ..host import answered
-from ..memory import Places, copies, run, shared_memory
+from ..memory import Bound, Places, copies, run, shared_memory
 from ..plan import Plan, make_plan
 from ..session import Transfer
 from ..states import PeerLost, RefitError
@@ -39,10 +39,9 @@ class PosixShm:
     ) -> None:  # fmt: skip
         self.channels, self.rank, self.verify, self.timeout = channels, rank, verify, timeout
         self.threads = threads or torch.get_num_threads()
-        self.source, self.tensors = source, dict(tensors)
         self._engines: list[_Engine] = []
         for channel in channels:
-            channel.send({"kind": "hello", "rank": rank})
+            channel.send({"kind": "hello", "rank": rank}, timeout=timeout)
             message, fds = channel.receive(timeout)
             self._engines.append(_Engine(channel, answered(message), fds[0], source, rank, ignore, timeout))
         self.slots = min(e.slots for e in self._engines)
@@ -50,13 +49,11 @@ class PosixShm:
         self.version: int | None = min(e.version for e in self._engines)
         if self.version < 0:
             self.version = None
-        self._bind()
+        self._bound = Bound(source, rank, tensors, self._bind)
 
-    def _bind(self) -> None:
-        places = Places.of_tensors(self.source, self.rank, self.tensors)
-        self._addresses = [(t, t.data_ptr()) for t in self.tensors.values()]
+    def _bind(self, source: Places) -> None:
         for engine in self._engines:
-            engine.bind(places)
+            engine.bind(source)
 
     @property
     def atomic(self) -> bool:
@@ -84,8 +81,7 @@ class PosixShm:
                 e.begin({"kind": "join", "after": epoch - 1, "timeout": timeout}, epoch)
 
     def transfer(self, epoch: int) -> Transfer:
-        if any(t.data_ptr() != at for t, at in self._addresses):
-            self._bind()
+        self._bound.refresh()
         for e in self._engines:
             hashes = e.copy(self.verify, self.threads)
             e.ask({"kind": "done", "epoch": epoch, "rank": self.rank, "hashes": hashes}, self._seconds)
@@ -100,8 +96,14 @@ class PosixShm:
                 raise RefitError(f"commit: the engine says version {got}, expected {version}")
 
     def fail(self, epoch: int, reason: str) -> None:
-        for e in self._engines:
-            e.ask({"kind": "fail", "epoch": epoch, "reason": reason}, self.timeout)
+        errors: list[Exception] = []
+        for e in self._engines:  # one that is gone keeps nobody from telling the others
+            try:
+                e.ask({"kind": "fail", "epoch": epoch, "reason": reason, "written": e.written}, self.timeout)
+            except RefitError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def state(self) -> Message:
         """Of the first engine rank: state, version, epoch, reason."""
@@ -133,7 +135,7 @@ class _Engine:
         self._rank = int(hello["rank"])
         self.nbytes = int(self.plan.nbytes[self._ops].sum())
         self._tables: list[list[np.ndarray]] = []
-        self._slot = 0
+        self._slot, self.written = 0, False
 
     def bind(self, source: Places) -> None:
         self._tables = []
@@ -144,6 +146,7 @@ class _Engine:
             self._tables.append([np.ascontiguousarray(t) for t in np.split(table, cuts)])
 
     def begin(self, message: Message, epoch: int) -> None:
+        self.written = False
         answer = self.ask(message, float(message["timeout"]) + 2)
         if answer.get("epoch", epoch) != epoch:
             raise RefitError(f"epoch: this rank is at {epoch}, the engine at {answer['epoch']}")
@@ -151,19 +154,27 @@ class _Engine:
 
     def copy(self, verify: bool, threads: int) -> list[int] | None:
         out: list[int] = []
+        self.written = True
         for table in self._tables[self._slot]:
             hashes = run(table, hashes=verify, threads=threads)
             if hashes is not None:
                 out += hashes.tolist()
             if not self.channel.alive:
+                self.close()
                 raise PeerLost(f"{self.channel.peer}: it is gone")
         return out if verify else None
 
     def ask(self, message: Message, timeout: float) -> Message:
-        return answered(self.channel.ask(message, timeout))
+        try:
+            return answered(self.channel.ask(message, timeout))
+        except PeerLost:
+            self.close()
+            raise
 
     def close(self) -> None:
+        """Its memory goes when the engine's process and this both let go of it."""
         self.channel.close()
+        self._arena, self._tables = None, []
 
 
 def gathered(mine: Catalogue, group: Any = None) -> Catalogue:
