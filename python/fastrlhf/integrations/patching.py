@@ -19,6 +19,7 @@ from .agreement import Disagreement, HostFailed, compare
 from .imports import Callback, watch
 from .report import LIVE, NOT_LIVE, WAITING, Report, Status
 from .seam import Entry, Host, Seam, Sizes, logger
+from .signatures import mismatch, signature_of
 
 _lock = threading.RLock()
 UNKNOWN = "unknown"
@@ -183,12 +184,24 @@ def find(seam: Seam, module: ModuleType) -> tuple[Place, Any]:
     return Place(holder, key), value
 
 
+def build(seam: Seam, original: Any) -> Any:
+    """The replacement; raises `Unavailable` where it does not take every argument that the host's function takes."""
+    replacement = seam.build(original)
+    try:
+        theirs = signature_of(original)
+    except (TypeError, ValueError):  # a builtin, which shows none
+        return replacement
+    if found := mismatch(theirs, signature_of(replacement, own=True)):
+        raise Unavailable(f"the host's takes {found}")
+    return replacement
+
+
 def _replace(host: Host, seam: Seam, module: ModuleType, known: bool) -> Applied:
     require_op(seam.op)
     place, original = find(seam, module)
     if getattr(original, "__fastrlhf__", False):
         raise Unavailable("patched by another copy of fastrlhf")
-    replacement = seam.build(original)
+    replacement = build(seam, original)
     error, note = None, ""
     if seam.calls is not None:
         error = verified(seam, original, replacement)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .signatures import signature_of
 
 logger = logging.getLogger("fastrlhf.integrations")
 Function = Callable[..., Any]
@@ -75,7 +76,6 @@ class Seam:
         on_import: patched when the host imports the module; our import of it would cost time or fail.
         unverified: why `calls` is None.
         function: how to call what the attribute holds: ``cls.apply`` of an autograd function, a method of a bare instance.
-        signature: of that, where it does not show it itself. Calls with arguments that this version lacks are left out.
     """
 
     module: str
@@ -87,13 +87,12 @@ class Seam:
     on_import: bool = False
     unverified: str = ""
     function: Callable[[Any], Function] = lambda held: held
-    signature: Callable[[Any], inspect.Signature] | None = None
 
     def calls_of(self, original: Any, sizes: Sizes) -> Iterator[Call]:
         """The calls that this version of the host's function takes."""
         assert self.calls is not None
         try:
-            signature = self.signature(original) if self.signature else inspect.signature(self.function(original))
+            signature = signature_of(original)
         except (TypeError, ValueError):  # a builtin
             yield from self.calls(sizes)
             return

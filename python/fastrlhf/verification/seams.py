@@ -40,7 +40,7 @@ def check_seams(host: Host, sizes: Sizes, *, measure: bool) -> Iterator[Result |
         try:
             patching.require_op(seam.op)
             _, original = patching.find(seam, importlib.import_module(seam.module))
-            replacement = seam.build(original)
+            replacement = patching.build(seam, original)
         except Exception as error:
             yield Result("seam", seam.name, "none", True, note=f"not live: {error}")
             continue
