@@ -35,8 +35,8 @@ class Agreement(NamedTuple):
     """What was compared and found good.
 
     Args:
-        error: the largest |ours - host's| / (1 + |host's|) of results, and relative to the largest one of gradients; or of
-            ours to the host's function in float64, where `hosts_error` is given.
+        error: the largest |ours - host's| in units of `_unit`; or of ours to the host's function in float64, where
+            `hosts_error` is given.
         declined: why ours left the call to the host.
         hosts_error: of the host's own result to its function in float64, where it differs from ours by more than the
             tolerance and ours is the nearer one.
@@ -99,7 +99,7 @@ def _nearer_to_float64(original: Function, pairs: list[tuple[str, Any, Any]], ca
         except _TooFar:
             if not isinstance(e, Tensor) or e.dtype != torch.float64 or e.shape != ours.shape or not bool(e.isfinite().all()):
                 return None
-            mine, host = _relative(ours, e), _relative(theirs, e)
+            mine, host = _relative(ours, e, path, call), _relative(theirs, e, path, call)
             if not mine <= max(host, call.tolerance or TOLERANCES[ours.dtype]):
                 return None
             ours_worst, hosts_worst = max(ours_worst, mine), max(hosts_worst, host)
@@ -118,9 +118,19 @@ class _InFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _relative(a: Tensor, exact: Tensor) -> float:
-    a, exact = a.detach().double().cpu(), exact.detach().cpu()
-    return float(((a - exact).abs() / (1 + exact.abs())).nan_to_num(nan=float("inf")).max())
+def _relative(a: Tensor, exact: Tensor, path: str, call: Call) -> float:
+    dtype, a, exact = a.dtype, a.detach().double().cpu(), exact.detach().cpu()
+    return float(((a - exact).abs() / _unit(exact, dtype, path, call)).nan_to_num(nan=float("inf")).max())
+
+
+def _unit(exact: Tensor, dtype: torch.dtype, path: str, call: Call) -> Tensor:
+    """What an error is measured in: of a gradient its largest element, as its sums round by their largest terms and a mean
+    over many tokens makes all of them small; of a result itself, and its largest element up to 1."""
+    size = exact.abs().nan_to_num()
+    largest = size.max().clamp(min=torch.finfo(dtype).smallest_normal) if size.numel() else size.new_ones(())
+    if call.grads and path.startswith(GRADIENTS):
+        return largest.expand_as(size)
+    return size + largest.clamp(max=1.0)
 
 
 def _double(x: Any) -> Any:
@@ -213,10 +223,7 @@ def _compare(ours: Any, theirs: Any, path: str, call: Call) -> float:
     tolerance = call.tolerance or TOLERANCES[theirs.dtype]
     a, b = ours.detach().double().cpu(), theirs.detach().double().cpu()
     same = (a == b) | (a.isnan() & b.isnan())
-    unit = 1 + b.abs()
-    if call.grads and path.startswith(GRADIENTS) and b.numel():  # sums over rows round by their largest terms
-        unit = unit.clamp(min=float(b.nan_to_num().abs().max()))
-    error = torch.where(same, torch.zeros_like(a), (a - b).abs() / unit)
+    error = torch.where(same, torch.zeros_like(a), (a - b).abs() / _unit(b, theirs.dtype, path, call))
     worst = float(error.max()) if error.numel() else 0.0
     if not worst <= tolerance:
         at = int(error.nan_to_num(nan=float("inf")).argmax())
