@@ -1,8 +1,8 @@
 """`fastrlhf verify`: whether the operations, and the seams of the frameworks installed here, are right on this machine.
 
 Every operation is compared with its definition in float64 on inputs that have broken kernels elsewhere; it passes with at most
-twice the error of plain float32 PyTorch, plus 1e-6, of gradients relative to the largest one. Every seam of a host is compared with the host's own function: results,
-dtypes, gradients, errors. Exit status: 0 if all passed, 1 if not, 2 for a mistake in the command.
+twice the error of plain float32 PyTorch, plus 1e-6, of gradients relative to the largest one. Every seam of a host is compared
+with the host's own function: results, dtypes, gradients, errors. Exit status: 0 if all passed, 1 if not, 2 for a mistake in the command.
 """
 
 from __future__ import annotations

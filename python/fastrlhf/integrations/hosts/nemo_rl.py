@@ -108,9 +108,9 @@ def gae(original: Any) -> Any:
     def replacement(
         self: Any, token_level_rewards: Tensor, values: Tensor, mask: Tensor, gae_lambda: Any = None
     ) -> tuple[Tensor, Tensor]:
-        reason = semantics.statistics_obstacle(token_level_rewards, mask) or obstacle(values, "gae")
-        if reason is not None or values.dtype != torch.float32:
-            decline("nemo_rl _compute_gae", reason or f"values of {values.dtype}")
+        reason = semantics.carry_obstacle(token_level_rewards, values, mask)
+        if reason is not None:
+            decline("nemo_rl _compute_gae", reason)
             return original(self, token_level_rewards, values, mask, gae_lambda)
         lam = self.gae_lambda if gae_lambda is None else gae_lambda
         per_row = isinstance(lam, Tensor) and lam.dim() == 1
@@ -129,6 +129,7 @@ def gae_calls(sizes: Sizes) -> Iterator[Call]:
     r, v, m = make.batch(), make.batch(), make.mask()
     yield Call("gaps in the mask", (this, r, v, m), tolerance=1e-4)
     yield Call("a lambda given", (this, r, v, m, 0.5), tolerance=1e-4)
+    yield Call("fractions in the mask", (this, r, v, m * 0.5), tolerance=1e-4)
     rows = torch.linspace(0.0, 1.0, sizes.rows).to(sizes.device)
     yield Call("a lambda for each row", (this, r, v, m), {"gae_lambda": rows}, tolerance=1e-4)
 

@@ -51,6 +51,17 @@ def statistics_obstacle(values: Any, mask: Any) -> str | None:
     return None
 
 
+def carry_obstacle(rewards: Any, values: Any, mask: Any) -> str | None:
+    """Why our GAE over a mask that is carried over does not give the host's result, which blends with fractions of a mask. A
+    mask of bool or integers is taken for 0 and 1, one of floats is looked at, which waits for the device."""
+    reason = statistics_obstacle(rewards, mask) or obstacle(values, "gae")
+    if reason is None and values.dtype != torch.float32:
+        reason = f"values of {values.dtype}"
+    if reason is None and mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
+        reason = "a mask with fractions"
+    return reason
+
+
 def sums(values: Tensor, mask: Tensor, dim: int | None) -> Tensor:
     """Σ m x over all, or over one dimension."""
     backend = backends.choose("masked_mean", values, None)
