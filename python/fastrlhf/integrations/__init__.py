@@ -7,10 +7,8 @@ import os
 import sys
 from typing import Any
 
-from .imports import watch
 from .report import Report, Status
 
-_installed: frozenset[str] = frozenset()
 HOSTS = ("trl", "verl", "openrlhf", "nemo_rl", "slime")
 
 __all__ = ["HOSTS", "Report", "Status", "host", "install", "patch", "unpatch"]
@@ -49,7 +47,8 @@ def patch(name: str, *, quiet: bool = False) -> Report:
 
 
 def unpatch(name: str | None = None) -> list[Report]:
-    """Puts back every function of a host (None: of all hosts), in every module that holds ours. Returns a report each."""
+    """Puts back every function of a host (None: of all hosts), in every loaded module that holds ours by a name of its own, and
+    stops waiting for its imports. Returns a report each."""
     from .patching import remove
 
     return [remove(host(n)) for n in (HOSTS if name is None else (name,))]
@@ -64,21 +63,8 @@ def install(names: str | None = None) -> None:
     Raises:
         ValueError: an unknown name.
     """
-    from .patching import apply, log
+    from .patching import follow
 
-    global _installed
-    for name in filter(
-        None, (n.strip() for n in (os.environ.get("FASTRLHF_PATCH", "") if names is None else names).split(","))
-    ):
-        found = host(name)
-        if name in _installed:
-            continue
-        _installed |= {name}
-
-        def when_imported(_: Any, found: Any = found) -> None:
-            log(str(apply(found, eager=False)))
-
-        if found.package in sys.modules:
-            when_imported(None)
-        else:
-            watch.add(found.package, when_imported)
+    given = os.environ.get("FASTRLHF_PATCH", "") if names is None else names
+    for found in [host(n) for n in map(str.strip, given.split(",")) if n]:
+        follow(found)

@@ -125,12 +125,13 @@ def _relative(a: Tensor, exact: Tensor, path: str, call: Call) -> float:
 
 def _unit(exact: Tensor, dtype: torch.dtype, path: str, call: Call) -> Tensor:
     """What an error is measured in: of a gradient its largest element, as its sums round by their largest terms and a mean
-    over many tokens makes all of them small; of a result itself, and its largest element up to 1."""
+    over many tokens makes all of them small; of a result itself, and its largest element between 0.01 and 1, as what is near
+    0 may be a difference (a log-prob)."""
     size = exact.abs().nan_to_num()
-    largest = size.max().clamp(min=torch.finfo(dtype).smallest_normal) if size.numel() else size.new_ones(())
+    largest = size.max() if size.numel() else size.new_ones(())
     if call.grads and path.startswith(GRADIENTS):
-        return largest.expand_as(size)
-    return size + largest.clamp(max=1.0)
+        return largest.clamp(min=torch.finfo(dtype).smallest_normal).expand_as(size)
+    return size + largest.clamp(0.01, 1.0)
 
 
 def _double(x: Any) -> Any:

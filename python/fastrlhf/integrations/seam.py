@@ -91,34 +91,67 @@ class Seam:
     def calls_of(self, original: Any, sizes: Sizes) -> Iterator[Call]:
         """The calls that this version of the host's function takes."""
         assert self.calls is not None
-        try:
-            signature = signature_of(original)
-        except (TypeError, ValueError):  # a builtin
-            yield from self.calls(sizes)
-            return
-        for call in self.calls(sizes):
-            try:
-                signature.bind(*call.args, **call.kwargs)
-            except TypeError:
-                continue
-            if not any(name in signature.parameters for name in call.without):
-                yield call
+        return _taken(self.calls(sizes), original)
+
+    def called(self, original: Any) -> Any:
+        """What shows how the host calls it."""
+        return original
+
+    def pair(self, original: Any, replacement: Any) -> tuple[Function, Function]:
+        """Both, as `calls` call them."""
+        return self.function(original), self.function(replacement)
 
     @property
     def name(self) -> str:
         return f"{self.module}.{self.attribute}"
 
 
+def _taken(calls: Iterable[Call], function: Any) -> Iterator[Call]:
+    try:
+        signature = signature_of(function)
+    except (TypeError, ValueError):  # a builtin
+        yield from calls
+        return
+    for call in calls:
+        try:
+            signature.bind(*call.args, **call.kwargs)
+        except TypeError:
+            continue
+        if not any(name in signature.parameters for name in call.without):
+            yield call
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A function of ours under a new name in a host's registry, `module.registry[key]`."""
+    """A function of ours under a new name in a host's registry, `module.registry[key]`.
+
+    Args:
+        build: the function, given the host's own of that kind (or None).
+        like: the key of the host's own function that it is compared with.
+        calls: on which both are compared; None where the host has none like it, and `unverified` says so.
+        function: how to call the host's as ours is called.
+    """
 
     module: str
     registry: str
     key: str
-    build: Callable[[Any], Any]  # given the host's module
+    build: Build
     op: str
+    like: str = ""
+    calls: Calls | None = None
+    unverified: str = "the host has no such function"
     on_import: bool = False
+    function: Callable[[Any], Function] = lambda held: held
+
+    def calls_of(self, original: Any, sizes: Sizes) -> Iterator[Call]:
+        assert self.calls is not None
+        return _taken(self.calls(sizes), self.called(original))
+
+    def called(self, original: Any) -> Any:
+        return self.function(original)
+
+    def pair(self, original: Any, replacement: Any) -> tuple[Function, Function]:
+        return self.function(original), replacement
 
     @property
     def name(self) -> str:

@@ -21,13 +21,14 @@ class Result:
     """Of one comparison; `error` and `bar` are relative to the largest element of a gradient, and of a result where that
     is over 1: a mean over many tokens makes each gradient small, and a log-prob near 0 is as exact as its logits.
 
-    `hosts_error` is the host's own distance from its function in float64, where it is ours that is the nearer one.
+    `passed` is None where nothing was compared, and `note` says why; `hosts_error` is the host's own distance from its function
+    in float64, where it is ours that is the nearer one.
     """
 
     kind: str  # "op" or "seam"
     name: str
     input: str
-    passed: bool
+    passed: bool | None
     error: float | None = None
     bar: float | None = None
     note: str = ""
@@ -35,18 +36,18 @@ class Result:
 
 
 def check(case: Case, backend: str | None) -> Result:
-    """Runs it three times. What ours raises is a failure, not a crash of the command."""
+    """Runs it three times. What is raised is a failure, not a crash of the command."""
 
     def failed(note: str, *found: float) -> Result:
         return Result("op", case.op, case.input, False, *found, note=note)
 
-    tensors = case.inputs()
     try:
+        tensors = case.inputs()
         ours = _run(case, tensors, None, backend)
+        exact = _run(case, tensors, torch.float64, "reference")
+        plain = _run(case, tensors, torch.float32, "reference")
     except Exception as error:
         return failed(f"raised {type(error).__name__}: {error}")
-    exact = _run(case, tensors, torch.float64, "reference")
-    plain = _run(case, tensors, torch.float32, "reference")
     if ours.keys() != exact.keys():
         missing, extra = ([n for n in a if n not in b] for a, b in ((exact, ours), (ours, exact)))
         return failed("; ".join([f"no {n}" for n in missing] + [f"a {n} too many" for n in extra]))
