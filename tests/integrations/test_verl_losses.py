@@ -19,7 +19,7 @@ def test_rollout_weights_multiply_the_loss_and_leave_the_statistics(kind):
     old = -torch.rand(2, 6, generator=draw)
     new, A = old + torch.randn(2, 6, generator=draw), torch.randn(2, 6, generator=draw)
     loss, mask, weights = verl_losses.policy_loss(kind)(None), torch.ones(2, 6), torch.ones(2, 6)
-    value, metrics = loss(old, new, A, mask, config=Config())
+    _, metrics = loss(old, new, A, mask, config=Config())
     weights[0] = 0
     half, same = loss(old, new, A, mask, config=Config(), rollout_is_weights=weights)
     alone, _ = loss(old[1:], new[1:], A[1:], mask[1:], config=Config())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -55,12 +56,9 @@ def compare(original: Function, replacement: Function, call: Call) -> Agreement:
 
 
 def _compare_call(original: Function, replacement: Function, call: Call) -> Agreement:
-    torch_state = torch.get_rng_state()
-    try:
+    with _own_random_state(call):
         theirs = _run(original, call) if call.differs is None else None
         ours = _run(replacement, call)
-    finally:
-        torch.set_rng_state(torch_state)
     if call.differs is not None or (call.lacks is not None and isinstance(theirs, call.lacks)):
         if isinstance(ours, Exception):
             raise Disagreement(f"{call.name}: ours raised {type(ours).__name__}: {ours}")
@@ -81,14 +79,8 @@ def _compare_call(original: Function, replacement: Function, call: Call) -> Agre
 
 def _nearer_to_float64(original: Function, pairs: list[tuple[str, Any, Any]], call: Call) -> Agreement | None:
     """Where ours and the host's differ: who is right. None if it cannot be told, or if it is not ours everywhere."""
-    torch_state, default = torch.get_rng_state(), torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _InFloat64():
-            result = _run(call.definition or original, replace(call, args=_double(call.args), kwargs=_double(call.kwargs)))
-    finally:
-        torch.set_default_dtype(default)
-        torch.set_rng_state(torch_state)
+    with _own_random_state(call), _InFloat64():
+        result = _run(call.definition or original, replace(call, args=_double(call.args), kwargs=_double(call.kwargs)))
     exact = list(_leaves(result, "result"))
     if [path for path, _ in exact] != [path for path, _, _ in pairs]:
         return None
@@ -106,8 +98,12 @@ def _nearer_to_float64(original: Function, pairs: list[tuple[str, Any, Any]], ca
     return Agreement(ours_worst, hosts_error=hosts_worst)
 
 
+def _own_random_state(call: Call) -> AbstractContextManager[None]:
+    return torch.random.fork_rng({t.device for t in tensors([call.args, call.kwargs]) if t.is_cuda})
+
+
 class _InFloat64(TorchFunctionMode):
-    """Where a function converts to float32 itself."""
+    """Where a function converts to float32 itself, or makes tensors of the default dtype."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:
@@ -115,7 +111,11 @@ class _InFloat64(TorchFunctionMode):
         wider = {torch.float32: torch.float64}
         args = tuple(wider.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
         kwargs = {k: wider.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        made = isinstance(out, Tensor) and out.dtype == torch.float32 and "dtype" not in kwargs
+        if made and not any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
+            return func(*args, **kwargs, dtype=torch.float64)
+        return out
 
 
 def _relative(a: Tensor, exact: Tensor, path: str, call: Call) -> float:

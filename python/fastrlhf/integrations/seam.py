@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,15 +177,16 @@ class Host:
 
 
 _declined: set[tuple[str, str]] = set()
-_watched: list[list[str]] = []
+_watched: ContextVar[list[str] | None] = ContextVar("declines", default=None)
 
 
 def decline(seam: str, reason: str) -> None:
     """Says once that a call went to the host's own function, and why."""
     if torch.compiler.is_compiling():
         return
-    if _watched:
-        _watched[-1].append(reason)
+    reasons = _watched.get()
+    if reasons is not None:
+        reasons.append(reason)
     elif (seam, reason) not in _declined:
         _declined.add((seam, reason))
         logger.warning("%s: the host's own function serves calls with %s", seam, reason)
@@ -192,13 +194,13 @@ def decline(seam: str, reason: str) -> None:
 
 @contextmanager
 def declines() -> Iterator[list[str]]:
-    """The reasons of the calls that went to the host's own function meanwhile, which are not logged."""
+    """The reasons of the calls that went to the host's own function meanwhile in this thread, which are not logged."""
     reasons: list[str] = []
-    _watched.append(reasons)
+    token = _watched.set(reasons)
     try:
         yield reasons
     finally:
-        _watched.remove(reasons)
+        _watched.reset(token)
 
 
 def obstacle(x: Any, op: str = "logprobs") -> str | None:
