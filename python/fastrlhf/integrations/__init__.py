@@ -7,6 +7,7 @@ import os
 import sys
 from typing import Any
 
+from .imports import Callback, watch
 from .report import Report, Status
 
 HOSTS = ("trl", "verl", "openrlhf", "nemo_rl", "slime")
@@ -14,11 +15,18 @@ HOSTS = ("trl", "verl", "openrlhf", "nemo_rl", "slime")
 __all__ = ["HOSTS", "Report", "Status", "host", "install", "patch", "unpatch"]
 
 
+_following: dict[str, Callback] = {}  # hosts that are not imported yet; nothing here imports torch
+
+
 def host(name: str) -> Any:
     """The `Host` of this name: its seams and the versions they were tested with."""
+    _check(name)
+    return importlib.import_module(f"fastrlhf.integrations.hosts.{name}").HOST
+
+
+def _check(name: str) -> None:
     if name not in HOSTS:
         raise ValueError(f"host: must be one of {HOSTS}, got {name!r}")
-    return importlib.import_module(f"fastrlhf.integrations.hosts.{name}").HOST
 
 
 def patch(name: str, *, quiet: bool = False) -> Report:
@@ -51,7 +59,10 @@ def unpatch(name: str | None = None) -> list[Report]:
     stops waiting for its imports. Returns a report each."""
     from .patching import remove
 
-    return [remove(host(n)) for n in (HOSTS if name is None else (name,))]
+    names = HOSTS if name is None else (name,)
+    for n in names:
+        watch.remove(_following.pop(n, None))
+    return [remove(host(n)) for n in names]
 
 
 def install(names: str | None = None) -> None:
@@ -63,8 +74,23 @@ def install(names: str | None = None) -> None:
     Raises:
         ValueError: an unknown name.
     """
-    from .patching import follow
-
     given = os.environ.get("FASTRLHF_PATCH", "") if names is None else names
-    for found in [host(n) for n in map(str.strip, given.split(",")) if n]:
-        follow(found)
+    wanted = [n for n in map(str.strip, given.split(",")) if n]
+    for name in wanted:
+        _check(name)
+    for name in wanted:
+        _follow(name)
+
+
+def _follow(name: str) -> None:
+    def when_imported(_: Any) -> None:
+        from .patching import apply, log
+
+        _following.pop(name, None)
+        log(str(apply(host(name), eager=False)))
+
+    if name in sys.modules:
+        when_imported(None)
+    elif name not in _following:
+        _following[name] = when_imported
+        watch.add(name, when_imported)

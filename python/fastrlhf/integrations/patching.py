@@ -65,7 +65,6 @@ class State:
     applied: dict[str, Applied] = field(default_factory=dict)
     waiting: dict[str, Callback] = field(default_factory=dict)
     comparing: set[str] = field(default_factory=set)
-    package: Callback | None = None  # waits for the host itself
 
 
 _states: dict[str, State] = {}
@@ -107,23 +106,6 @@ def apply(host: Host, *, eager: bool) -> Report:
         else:
             report.seams.append(_apply_or_wait(state, seam, known, eager and not seam.on_import))
     return report
-
-
-def follow(host: Host) -> None:
-    """Patches a host when it is imported, or now if it was; once."""
-    with _lock:
-        state = _states.setdefault(host.name, State(host))
-        if state.package is not None:
-            return
-
-        def when_imported(_: Any) -> None:
-            if _states.get(host.name) is state:
-                log(str(apply(host, eager=False)))
-
-        state.package = when_imported
-        if host.package not in sys.modules:
-            return watch.add(host.package, when_imported)
-    when_imported(None)
 
 
 def _apply_or_wait(state: State, seam: Seam | Entry, known: bool, eager: bool) -> Status:
@@ -327,7 +309,7 @@ def remove(host: Host) -> Report:
     report = Report(host.name, found, host.tested, is_tested(host, found))
     with _lock:
         state = _states.pop(host.name, State(host))
-        for callback in (*state.waiting.values(), state.package):
+        for callback in state.waiting.values():
             watch.remove(callback)
         _find_copies(state.applied.values())
         for applied in reversed(list(state.applied.values())):

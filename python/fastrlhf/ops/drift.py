@@ -46,8 +46,9 @@ def logprob_drift(
     Returns:
         `LogprobDrift(stats, by_position)`. stats, over counted tokens, in nats: mean of |Δ|, signed_mean of Δ, p50, p90, p99
         and max of |Δ|, k3 the mean of e^Δ - 1 - Δ (an estimate of KL(rollout || policy)) and ratio_mean of e^Δ, both with Δ
-        clamped to ±20, outside_fraction with e^Δ outside [0.9, 1.1], position_0 to position_{bins-1} the mean |Δ| of each part, tokens their number. A Δ that is
-        not finite counts as outside, and in not_finite_fraction; the other statistics leave it out. 0 where nothing counts.
+        clamped to ±20, outside_fraction with e^Δ outside [0.9, 1.1], position_0 to position_{bins-1} the mean |Δ| of each
+        part, tokens their number. A Δ that is not finite counts as outside, and in not_finite_fraction; the other statistics
+        leave it out. 0 where nothing counts.
 
     Raises:
         TypeError, ValueError: dtype, shape or device that do not fit, bins < 1.
