@@ -1,13 +1,16 @@
 """Training runs of TRL and of verl's functions, as they are and with ours in their place: the same seed, the same metrics?
 
 python -m bench.hosts                    # all, each in two processes, and what came out beside each other
-python -m bench.hosts --only grpo,gae --out build/hosts.json
+python -m bench.hosts --only grpo,gae --out bench/results/hosts-cpu.json
+
+Exit status 1 where a metric differs by more than 1e-4.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .report import machine
+
 STEPS = 20
+BAR = 1e-4
 WORDS = [f"{a}{b}" for a in "abcdefghij" for b in "aeiouklmnr"]
 VOCAB = 32_000
 TIMES = ("runtime", "per_second", "step_time", "/time", "seconds")
@@ -216,44 +222,60 @@ def one(name: str, patched: bool, directory: Path) -> dict[str, Any]:
 
 
 class Head:
-    """The time and the largest memory of TRL's log-probs from hidden states, forward and backward, inside a run; measured on a
-    copy of each call, so that neither the profiler nor the second call touches the run's figures."""
+    """The time and the largest memory of a host's log-probs and entropy, forward and backward, inside a run: TRL's from hidden
+    states, verl's from logits. Measured on a copy of a call, so that neither the profiler nor the second call touches the
+    run's figures."""
 
     def __init__(self) -> None:
         self.seconds, self.bytes, self.calls = 0.0, 0, 0
 
     def attach(self, host: str) -> None:
-        if host != "trl":
-            return
-        import torch
-        from fastrlhf.verification.speed import peak_bytes
+        {"trl": self._trl, "verl": self._verl}[host]()
+
+    def _trl(self) -> None:
         from trl.trainer import utils
 
-        held = utils._ChunkedLogProbFunction
-        head = self
+        held, head = utils._ChunkedLogProbFunction, self
 
         class Measured:
             @staticmethod
             def apply(hidden: Any, weight: Any, *rest: Any) -> Any:
-                head.calls += 1
-                if head.calls in (3, 9):
-                    h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-
-                    def run() -> None:
-                        with torch.enable_grad():
-                            out = held.apply(h, w, *rest)
-                            torch.autograd.grad(out[0].sum(), [h, w])
-
-                    state = torch.get_rng_state()
-                    run()
-                    start = time.perf_counter()
-                    run()
-                    head.seconds = time.perf_counter() - start
-                    head.bytes = peak_bytes(run, "cpu")
-                    torch.set_rng_state(state)
+                head.measure(lambda h, w: held.apply(h, w, *rest)[:1], hidden, weight)
                 return held.apply(hidden, weight, *rest)
 
         utils._ChunkedLogProbFunction = Measured
+
+    def _verl(self) -> None:
+        from verl.utils import torch_functional
+
+        held = torch_functional.logprobs_from_logits
+
+        def measured(logits: Any, labels: Any) -> Any:
+            self.measure(lambda x: (held(x * 1.0, labels), torch_functional.entropy_from_logits(x)), logits)
+            return held(logits, labels)
+
+        torch_functional.logprobs_from_logits = measured
+
+    def measure(self, function: Callable[..., tuple[Any, ...]], *tensors: Any) -> None:
+        """The third and the ninth call."""
+        import torch
+        from fastrlhf.verification.speed import peak_bytes
+
+        self.calls += 1
+        if self.calls not in (3, 9):
+            return
+        inputs = [t.detach().requires_grad_() for t in tensors]
+
+        def run() -> None:
+            with torch.enable_grad():
+                torch.autograd.grad(sum(out.sum() for out in function(*inputs)), inputs)
+
+        state = torch.get_rng_state()
+        run()
+        start = time.perf_counter()
+        run()
+        self.seconds, self.bytes = time.perf_counter() - start, peak_bytes(run, "cpu")
+        torch.set_rng_state(state)
 
 
 def pair(name: str, directory: Path) -> dict[str, Any]:
@@ -272,12 +294,12 @@ def pair(name: str, directory: Path) -> dict[str, Any]:
 
 
 def compare(name: str, host: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """The largest difference of each metric over the steps, absolute."""
+    """The largest difference of each metric over the steps, absolute; what is no number in one of them differs infinitely."""
     differences: dict[str, float] = {}
     relative: dict[str, float] = {}
     for a, b in zip(host["rows"], ours["rows"], strict=True):
         for key in a.keys() & b.keys() - {"seconds"}:
-            d = abs(a[key] - b[key])
+            d = difference(a[key], b[key])
             differences[key] = max(differences.get(key, 0.0), d)
             relative[key] = max(relative.get(key, 0.0), d / max(1.0, abs(a[key])))
         assert a.keys() == b.keys(), a.keys() ^ b.keys()
@@ -292,6 +314,11 @@ def compare(name: str, host: dict[str, Any], ours: dict[str, Any]) -> dict[str, 
         seconds = [host["rows"][0]["seconds"], ours["rows"][0]["seconds"]]
         result |= {"seconds": seconds, "faster": seconds[0] / seconds[1]}
     return result
+
+
+def difference(a: float, b: float) -> float:
+    d = abs(a - b)
+    return math.inf if math.isnan(d) else d
 
 
 def main() -> None:
@@ -312,7 +339,10 @@ def main() -> None:
             results.append(pair(name, directory))
             print(json.dumps({k: v for k, v in results[-1].items() if k != "differences"}), flush=True)
     if options.out:
-        Path(options.out).write_text(json.dumps(results, indent=1) + "\n")
+        Path(options.out).write_text(json.dumps({"machine": machine(), "rows": results}, indent=1) + "\n")
+    far = [f"{r['run']}: {r['of']} differs by {r['largest_difference']:.1e}" for r in results if r["largest_difference"] > BAR]
+    if far:
+        raise SystemExit("\n".join(far))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from fastrlhf import arrays
-from fastrlhf.arrays import losses, rollouts, softmax
+from fastrlhf.arrays import losses, pairs, rollouts, softmax
 from fastrlhf.kernels.gae.reference import MASK_MODES
 from fastrlhf.kernels.group_advantages.reference import KINDS as GROUP_KINDS
 from fastrlhf.kernels.kl.reference import DIRECTIONS
 from fastrlhf.kernels.kl.reference import KINDS as KL_KINDS
 from fastrlhf.kernels.policy_loss import reference as policy
+from fastrlhf.kernels.preference_loss import reference as preference
 from fastrlhf.kernels.value_loss import reference as value
 
 draw = np.random.default_rng(0)
@@ -167,6 +168,67 @@ def test_losses(kind, reduction):
     assert ours.loss == float(theirs.loss) and ours.stats == theirs.stats.to_dict()
 
 
+@pytest.mark.parametrize("wrap", [lambda x: x, Foreign], ids=["numpy", "dlpack"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_linear_logprobs(dtype, wrap):
+    h, w, b = (draw.standard_normal(shape).astype(dtype) for shape in ((B, T, 24), (V, 24), (V,)))
+    y = draw.integers(0, V, (B, T))
+    y[0, ::2] = -100
+    options = {"temperature": 0.7, "softcap": 20.0, "entropy": True, "lse": True}
+    ours = arrays.linear_logprobs(wrap(h), wrap(w), wrap(y), bias=wrap(b), **options)
+    theirs = fastrlhf.linear_logprobs(tensor(h), tensor(w), tensor(y), bias=tensor(b), **options)
+    for a, b in zip(ours, theirs, strict=True):
+        same(a.x if isinstance(a, Foreign) else a, b)
+    assert arrays.linear_logprobs(h[0], w, y[0]).entropy is None
+
+
+@pytest.mark.parametrize("kind", [*preference.KINDS, "cdpo", "spin"])
+def test_preference_loss(kind):
+    chosen, rejected, *rest = (-abs(draw.standard_normal(7)).astype(np.float32) for _ in range(6))
+    ref = (None, None) if kind in ("simpo", "orpo") else rest[:2]
+    options = {"kind": kind, "label_smoothing": 0.1, "beta": 0.3, "sft_coef": 0.2, "margin": 0.1, "kl_baseline": 0.05}
+    given = {"chosen_rewards": rest[2], "rejected_rewards": rest[3], "chosen_lengths": np.arange(1, 8)}
+    ours = arrays.preference_loss(chosen, rejected, *ref, **options, **given)
+    theirs = fastrlhf.preference_loss(
+        *map(tensor, (chosen, rejected, *ref)), **options, **{k: tensor(v) for k, v in given.items()}
+    )
+    same(ours.losses, theirs.losses)
+    assert ours.loss == float(theirs.loss) and ours.stats == theirs.stats.to_dict()
+
+
+@pytest.mark.parametrize("kind", preference.REWARD_KINDS)
+def test_reward_loss(kind):
+    chosen, rejected, margin = draw.standard_normal(7), draw.standard_normal(7), abs(draw.standard_normal(7))
+    margin = None if kind == "bt" else margin
+    ours = arrays.reward_loss(chosen, rejected, margin, kind=kind, denominator=9.0)
+    theirs = fastrlhf.reward_loss(*map(tensor, (chosen, rejected, margin)), kind=kind, denominator=9.0)
+    same(ours.losses, theirs.losses)
+    assert ours.loss == float(theirs.loss) and ours.stats == theirs.stats.to_dict()
+
+
+def test_regression_loss():
+    p, t = batch(), batch()
+    t[::2] = -100
+    ours, theirs = arrays.regression_loss(p, t), fastrlhf.regression_loss(tensor(p), tensor(t))
+    assert ours.loss == float(theirs.loss) and ours.stats == theirs.stats.to_dict()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 20, "temperature": 0.7}, {"top_p": 0.8, "min_p": 0.01}, {"temperature": 0}], ids=str
+)
+def test_sample(options):
+    x = (draw.standard_normal((B, T, V)) * 3).astype(np.float32)
+    ours, theirs = arrays.sample(x, seed=5, **options), fastrlhf.sample(tensor(x), seed=5, **options)
+    same(ours.tokens, theirs.tokens)
+    same(ours.logprobs, theirs.logprobs)
+
+
+def test_the_other_byte_order():
+    x, y = draw.standard_normal((4, V)).astype(np.float32), np.arange(4)
+    same(arrays.logprobs(x.astype(">f4"), y.astype(">i8")).logprobs, fastrlhf.logprobs(tensor(x), tensor(y)).logprobs)
+    assert arrays.masked_mean(x.astype(">f4")) == arrays.masked_mean(x)
+
+
 def test_names_are_the_definitions():
     """They are written twice, as the definitions import torch."""
     assert (softmax.KINDS, softmax.DIRECTIONS, rollouts.MODES, rollouts.GROUPS) == (
@@ -177,6 +239,7 @@ def test_names_are_the_definitions():
     )
     assert (losses.POLICY_KINDS, losses.REDUCTIONS, losses.POLICY_STATS) == (policy.KINDS, policy.REDUCTIONS, policy.STATS)
     assert losses.VALUE_STATS == value.STATS
+    assert (pairs.KINDS, pairs.REWARD_KINDS) == (preference.KINDS, preference.REWARD_KINDS)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +275,41 @@ def test_names_are_the_definitions():
         (lambda: arrays.policy_loss(batch(), batch(), batch(), kl_coef=0.1), ValueError, "ref_logprobs: needed"),
         (lambda: arrays.value_loss(batch(), None, batch()), ValueError, "old_values: needed"),
         (lambda: arrays.masked_mean(batch()[:, ::2]), ValueError, "x: must be contiguous"),
+        (
+            lambda: arrays.logprobs(batch(), np.arange(B), ignore_index=None),
+            TypeError,
+            "ignore_index: expected an integer, got None",
+        ),
+        (
+            lambda: arrays.logprobs(batch(), np.arange(B), ignore_index=1.5),
+            TypeError,
+            "ignore_index: expected an integer, got 1.5",
+        ),
+        (
+            lambda: arrays.linear_logprobs(batch(), batch()[:, :5], np.arange(B)),
+            ValueError,
+            r"weight: expected shape \(V, 33\)",
+        ),
+        (
+            lambda: arrays.linear_logprobs(batch(), batch(np.float64), np.arange(B)),
+            TypeError,
+            "weight: float64 with hidden float32",
+        ),
+        (lambda: arrays.preference_loss(*[batch()[0]] * 4, kind="simpo"), ValueError, "kind 'simpo' has no reference"),
+        (
+            lambda: arrays.preference_loss(*[batch()[0]] * 2, None, None, kind="dpo"),
+            ValueError,
+            "kind 'dpo' needs the reference",
+        ),
+        (lambda: arrays.preference_loss(*[batch()[0]] * 4, kind="rpo_sq"), ValueError, "needs both"),
+        (
+            lambda: arrays.reward_loss(batch()[0], batch()[0], kind="margin_bt"),
+            ValueError,
+            "margin: kind 'margin_bt' needs one",
+        ),
+        (lambda: arrays.regression_loss(batch(), batch()[1:]), ValueError, "targets: expected the shape of predictions"),
+        (lambda: arrays.sample(batch(), seed=None), TypeError, "seed: expected an integer, got None"),
+        (lambda: arrays.sample(batch(), seed=1, top_p=0.0), ValueError, "top_p"),
     ],
 )
 def test_mistakes(call, error, message):
@@ -230,13 +328,15 @@ expected = x - np.log(np.exp(x.astype(float)).sum(-1, keepdims=True))
 assert abs(out.logprobs - expected[np.arange(4), np.arange(4)]).max() < 1e-5
 arrays.gae(x, x, x > 0)
 arrays.policy_loss(x, x, x)
+arrays.sample(x, seed=0)
+arrays.reward_loss(x[0], x[1])
 assert sys.modules["torch"] is None and not any(m.startswith("torch.") for m in sys.modules)
 print("without torch")
 """
 
 
-def test_torch_is_never_imported():
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-    env.pop("FASTRLHF_PATCH", None)
+@pytest.mark.parametrize("hosts", ["", "trl,verl"])
+def test_torch_is_never_imported(hosts):
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), FASTRLHF_PATCH=hosts)
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, timeout=120, env=env)
     assert done.stdout.strip() == "without torch", done.stderr

@@ -110,6 +110,9 @@ def test_every_operation_has_a_case():
         (["--shapes", "4x0x9"], "--shapes: expected rows x tokens x vocabulary"),
         (["--host", "tlr"], "--host: must be one of"),
         (["--device", "cuda:77"], "--device: 'cuda:77' cannot be used here"),
+        (["--device", "meta"], "--device: 'meta' cannot be used here: expected one of cpu, cuda"),
+        (["--out", "/nowhere/at/all.json"], "--out: expected a file in a folder that exists"),
+        (["--out", "/"], "--out: expected a file in a folder that exists"),
     ],
 )
 def test_mistakes(words, message, capsys):
@@ -119,8 +122,9 @@ def test_mistakes(words, message, capsys):
 
 def test_a_host_that_is_not_installed(capsys, monkeypatch):
     monkeypatch.setattr(verify.patching, "host_version", lambda host: None)
-    assert main(["verify", *QUICK[2:], "--host", "slime"]) == 0
-    assert "not compared: slime, which is not installed" in capsys.readouterr().out
+    assert main(["verify", *QUICK[2:], "--host", "slime"]) == 2
+    assert "--host: slime is not installed here" in capsys.readouterr().err
+    assert verify.chosen_hosts(["all"]) == verify.chosen_hosts(None) == []
 
 
 @pytest.mark.slow

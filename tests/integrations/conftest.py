@@ -62,7 +62,7 @@ SEAMS = (
     Seam("toyhost.functions", "gone", build, calls, "logprobs"),
     Seam("toyhost.functions", "logprobs", build, calls, "an_op_to_come"),
     Seam("toyhost.late", "logprobs", build, calls, "logprobs", on_import=True),
-    Entry("toyhost.functions", "REGISTRY", "fastrlhf_logprobs", lambda module: build(module.logprobs), "logprobs"),
+    Entry("toyhost.functions", "REGISTRY", "fastrlhf_logprobs", build, "logprobs", "logprobs", calls),
 )
 HOST = Host("toyhost", "toyhost", "toyhost", ("1.0", "1.2"), (*SEAMS[:4], *SEAMS[5:]))
 

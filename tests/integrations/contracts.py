@@ -38,8 +38,8 @@ class GeneralizedAdvantageEstimator:
         following, running, out = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0]), torch.zeros_like(values)
         for t in range(values.shape[1] - 1, -1, -1):
             step = token_level_rewards[:, t] + self.gae_gamma * following - values[:, t] + self.gae_gamma * lam * running
-            counted = mask[:, t] != 0
-            running, following = torch.where(counted, step, running), torch.where(counted, values[:, t], following)
+            m = mask[:, t]
+            running, following = step * m + (1 - m) * running, values[:, t] * m + (1 - m) * following
             out[:, t] = running
         return out, out + values
 

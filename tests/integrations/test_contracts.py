@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import sys
 
@@ -79,3 +80,15 @@ def test_a_keep_mask(monkeypatch):
     given = {"log_prob_keep_mask": keep}
     expected = contracts.calculate_log_probs_and_entropy(x, y, None, **given)[0]
     torch.testing.assert_close(ours(x, y, alone(), **given)[0], expected)
+
+
+@pytest.mark.parametrize(("dtype", "declined"), [(torch.float32, True), (torch.bfloat16, True), (torch.int64, False)])
+def test_a_mask_with_fractions_is_the_hosts(dtype, declined):
+    """It blends with what it carries; ours takes what is not 0 as counted."""
+    seam = next(s for s in SEAMS if s.name.endswith("_compute_gae"))
+    original = contracts.GeneralizedAdvantageEstimator._compute_gae
+    call = next(c for c in seam.calls(Sizes()) if c.name == "fractions in the mask")
+    this, r, v, mask = call.args
+    given = (mask if declined else mask * 2).to(dtype)
+    found = compare(original, seam.build(original), dataclasses.replace(call, args=(this, r, v, given)))
+    assert found.declined == ("a mask with fractions" if declined else "")

@@ -167,6 +167,30 @@ def test_policy_loss(given):
         torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_a_loss_that_is_chosen_apart_from_the_estimator(monkeypatch):
+    """Newer versions run REINFORCE on any advantages."""
+    chooses = types.SimpleNamespace(get_pg_loss_type=lambda args: "reinforce")
+    monkeypatch.setitem(sys.modules, "slime.utils.ppo_utils", chooses)
+    args, data = options(entropy_coef=0.0), batch()
+    logits = torch.randn(1, sum(TOTAL), VOCAB)
+    loss, metrics = slime.policy_loss(args, data, logits, sum_of_sample_mean)
+    monkeypatch.delitem(sys.modules, "slime.utils.ppo_utils")
+    rows, end, own = (logits[0] / args.rollout_temperature).log_softmax(-1), 0, []
+    for tokens, total, n in zip(data["unconcat_tokens"], TOTAL, RESPONSE, strict=True):
+        end += total
+        own.append(rows[end - n - 1 : end - 1].gather(-1, tokens[-n:, None])[:, 0])
+    torch.testing.assert_close(loss, sum_of_sample_mean(-torch.cat(data["advantages"]) * torch.cat(own)))
+    assert float(metrics["pg_clipfrac"]) == 0
+
+
+def test_a_response_without_a_token_is_refused():
+    """Its reward would go to the sample before it."""
+    data = rollout()
+    data["kl"][1] = data["kl"][1][:0]
+    with pytest.raises(ValueError, match="sample 1 has a response without a token"):
+        slime.advantages(options(), data)
+
+
 def test_the_first_step_is_on_policy():
     args, data = options(), batch()
     del data["log_probs"]

@@ -66,6 +66,27 @@ def test_a_pack_is_its_sequences():
     torch.testing.assert_close(packed.stats.values, padded.stats.values)
 
 
+def test_a_pack_with_a_mask_is_its_sequences():
+    """The parts end with the last counted token there too."""
+    rollout, new, counted = batch(B=3, T=16)
+    lengths = [16, 0, 7]
+    counted[0, 9:], counted[2, 4:] = False, False
+    padded_mask = torch.zeros(3, 16, dtype=torch.bool)
+    for i, n in enumerate(lengths):
+        padded_mask[i, :n] = counted[i, :n]
+    flat = [torch.cat([t[i, :n] for i, n in enumerate(lengths)]) for t in (rollout, new, padded_mask)]
+    packed = fastrlhf.logprob_drift(*flat, cu_seqlens=torch.tensor([0, 16, 16, 23], dtype=torch.int32))
+    padded = fastrlhf.logprob_drift(rollout, new, padded_mask)
+    torch.testing.assert_close(packed.stats.values, padded.stats.values)
+    assert packed.by_position.count_nonzero() == 4
+
+
+def test_a_large_drift_stays_finite():
+    found = fastrlhf.logprob_drift(torch.zeros(1, 2), torch.tensor([[1000.0, 0.0]])).stats.to_dict()
+    assert found["ratio_mean"] == pytest.approx((np.exp(20) + 1) / 2) and found["k3"] == pytest.approx((np.exp(20) - 21) / 2)
+    assert found["max"] == 1000 and found["outside_fraction"] == 0.5 and found["not_finite_fraction"] == 0
+
+
 def test_what_is_not_finite_is_outside():
     new = torch.tensor([[0.0, -torch.inf, torch.nan, 0.0]])
     found = fastrlhf.logprob_drift(torch.zeros(1, 4), new).stats.to_dict()

@@ -20,8 +20,8 @@ MISSING = {
     "trl-1.13.0": {"selective_log_softmax_and_entropy": "has no selective_log_softmax_and_entropy"},
     "trl-1.14.2": {},
     "trl-1.15.0": {"_ChunkedLogProbFunction": "the host's function raised RuntimeError"},  # a kernel for GPUs alone
-    "verl-0.7.1": {},
-    "verl-0.8.0": {},
+    "verl-0.7.1": {"POLICY_LOSS_REGISTRY['fastrlhf_gspo']": "token-mean, local counts"},  # their gspo takes one mode alone
+    "verl-0.8.0": {"POLICY_LOSS_REGISTRY['fastrlhf_gspo']": "token-mean, local counts"},
 }
 PROGRAM = """
 import importlib, json, sys

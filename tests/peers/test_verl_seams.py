@@ -12,10 +12,7 @@ import fastrlhf
 import pytest
 import torch
 from fastrlhf import integrations
-from fastrlhf.integrations.agreement import compare
-from fastrlhf.integrations.hosts.inputs import inputs
 from fastrlhf.integrations.hosts.verl import HOST
-from fastrlhf.integrations.seam import Call, Sizes
 
 from tests.integrations.test_patching import everything, same
 
@@ -30,6 +27,8 @@ functional = pytest.importorskip("verl.utils.torch_functional")
 def test_equal(name, sizes):
     if sizes.rows == 1 and "reinforce" in name:
         pytest.skip("the host needs two")
+    if sizes.dtype == torch.bfloat16 and "REGISTRY" in name:
+        pytest.skip("made of log-probs, which are float32")
     seams.check(HOST, name, sizes)
 
 
@@ -50,76 +49,6 @@ def test_live_and_left_as_it_was():
     finally:
         integrations.unpatch("verl")
     assert same(before, everything("verl"))
-
-
-def config(**options):
-    from verl.workers.config import FSDPActorConfig
-
-    made = FSDPActorConfig(
-        strategy="fsdp", rollout_n=1, clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=3.0,
-        ppo_micro_batch_size_per_gpu=1, tau_pos=1.0, tau_neg=1.05,
-    )  # fmt: skip
-    made.global_batch_info.update(options)
-    return made
-
-
-GLOBAL = {"dp_size": 2, "batch_num_tokens": 300, "global_batch_size": 12, "loss_scale_factor": 50}
-
-
-@pytest.mark.parametrize("info", [{}, GLOBAL], ids=["local", "global"])
-@pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("mode", ["token-mean", "token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"])
-@pytest.mark.parametrize("ours", ["ppo", "gspo", "cispo", "sapo", "gpg"])
-def test_registered_losses(ours, mode, weights, info):
-    """Each against verl's own of that name, metrics too."""
-    name = {"ppo": "vanilla"}.get(ours, ours)
-    if ours == "gspo" and mode != "seq-mean-token-mean":
-        pytest.skip("verl's gradient is scaled by the token's share of the aggregation: another loss than the paper's")
-    report = integrations.patch("verl", quiet=True)
-    assert any(f"fastrlhf_{ours}" in seam for seam in report.live)
-    try:
-        make = inputs(Sizes(6, 40), 3)
-        old = make.logprobs()
-        new = old + make.batch(0.5)
-        advantages = make.normal(6, 1).expand(6, 40).contiguous() if ours == "gspo" else make.batch()
-        mask = make.mask(torch.bool)
-        mask[2] = False
-        given = make.batch().abs() if weights and ours != "gspo" else make.normal(6, 1).abs().expand(6, 40) if weights else None
-
-        def run(which):
-            def call(old, new, advantages, mask, given):
-                loss, metrics = core_algos.get_policy_loss_fn(which)(
-                    old_log_prob=old, log_prob=new, advantages=advantages, response_mask=mask, loss_agg_mode=mode,
-                    config=config(**info), rollout_is_weights=given,
-                )  # fmt: skip
-                return loss, metrics
-
-            return call
-
-        compare(
-            run(name), run(f"fastrlhf_{ours}"),
-            Call(mode, (old, new, advantages, mask, given), grads=(1,), tolerance=2e-5),
-        )  # fmt: skip
-    finally:
-        integrations.unpatch("verl")
-
-
-@pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_registered_estimators(kind):
-    import numpy as np
-
-    integrations.patch("verl", quiet=True)
-    try:
-        rewards = torch.zeros(9, 7)
-        rewards[:, -1] = torch.randn(9)
-        index, mask = np.array(list("aaabbbccc"), dtype=object), torch.ones(9, 7)
-        theirs = core_algos.get_adv_estimator_fn(kind)(rewards, mask, index)
-        ours = core_algos.get_adv_estimator_fn(f"fastrlhf_{kind}")(rewards, mask, index=index, config=None)
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-        with pytest.raises(ValueError, match="index: the prompt of each answer is needed"):
-            core_algos.get_adv_estimator_fn(f"fastrlhf_{kind}")(rewards, mask)
-    finally:
-        integrations.unpatch("verl")
 
 
 def test_compiled_entropy():

@@ -68,7 +68,7 @@ def policy_loss(
     codes = (one_of("kind", kind, POLICY_KINDS), 0, 0, one_of("kl", kl, KINDS), one_of("reduction", reduction, REDUCTIONS))
     native, lane = extension("policy_loss", lp)
     f64 = wide(lp, arrays["old_logprobs"], a)
-    loss, stats = _results(f64, POLICY_STATS)
+    loss, stats = empty_results(f64, POLICY_STATS)
     native.policy_loss(
         rows(lp, cu), f64,
         (
@@ -77,7 +77,7 @@ def policy_loss(
         ),
         numbers, codes, 0, 0, address(loss), address(stats), lane,
     )  # fmt: skip
-    return _named(loss, stats, POLICY_STATS)
+    return with_names(loss, stats, POLICY_STATS)
 
 
 def value_loss(
@@ -93,14 +93,14 @@ def value_loss(
         raise ValueError(f"old_values: needed for clip={clip}, got None")
     native, lane = extension("value_loss", v)
     f64 = wide(v, target)
-    loss, stats = _results(f64, VALUE_STATS)
+    loss, stats = empty_results(f64, VALUE_STATS)
     native.value_loss(
         rows(v, cu), f64, tokens(v), tokens(old), tokens(target), tokens(_optional("mask", mask, v, MASKS)),
         bound("clip", clip),
         one_of("reduction", reduction, REDUCTIONS), math.nan if denominator is None else bound("denominator", denominator), 0,
         address(loss), address(stats), lane,
     )  # fmt: skip
-    return _named(loss, stats, VALUE_STATS)
+    return with_names(loss, stats, VALUE_STATS)
 
 
 def _optional(name: str, x: Any, first: View, dtypes: tuple[str, ...] = FLOATS) -> View | None:
@@ -109,9 +109,9 @@ def _optional(name: str, x: Any, first: View, dtypes: tuple[str, ...] = FLOATS) 
     return v
 
 
-def _results(float64: bool, names: tuple[str, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def empty_results(float64: bool, names: tuple[str, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return np.empty((), np.float64 if float64 else np.float32), np.empty(len(names), np.float32)
 
 
-def _named(loss: np.ndarray[Any, Any], stats: np.ndarray[Any, Any], names: tuple[str, ...]) -> LossAndStats:
+def with_names(loss: np.ndarray[Any, Any], stats: np.ndarray[Any, Any], names: tuple[str, ...]) -> LossAndStats:
     return LossAndStats(float(loss), dict(zip(names, map(float, stats), strict=True)))

@@ -133,3 +133,11 @@ def bound(name: str, value: Any) -> float:
     if not number(name, value) > 0:
         raise ValueError(f"{name}: expected a number > 0 or None, got {value!r}")
     return float(value)
+
+
+def integer(name: str, value: Any, low: int = -(2**63), high: int = 2**63 - 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {value}")
+    return int(value)

@@ -78,6 +78,8 @@ def view(name: str, x: Any, dtypes: tuple[str, ...]) -> View:
 
 
 def _of_numpy(x: np.ndarray[Any, Any]) -> View:
+    if not x.dtype.isnative:
+        x = x.astype(x.dtype.newbyteorder("="))
     size = max(x.itemsize, 1)
     if any(s % size for s in x.strides):
         x = np.ascontiguousarray(x)

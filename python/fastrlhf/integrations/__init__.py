@@ -7,20 +7,26 @@ import os
 import sys
 from typing import Any
 
-from .imports import watch
+from .imports import Callback, watch
 from .report import Report, Status
 
-_installed: frozenset[str] = frozenset()
 HOSTS = ("trl", "verl", "openrlhf", "nemo_rl", "slime")
 
 __all__ = ["HOSTS", "Report", "Status", "host", "install", "patch", "unpatch"]
 
 
+_following: dict[str, Callback] = {}  # hosts that are not imported yet; nothing here imports torch
+
+
 def host(name: str) -> Any:
     """The `Host` of this name: its seams and the versions they were tested with."""
+    _check(name)
+    return importlib.import_module(f"fastrlhf.integrations.hosts.{name}").HOST
+
+
+def _check(name: str) -> None:
     if name not in HOSTS:
         raise ValueError(f"host: must be one of {HOSTS}, got {name!r}")
-    return importlib.import_module(f"fastrlhf.integrations.hosts.{name}").HOST
 
 
 def patch(name: str, *, quiet: bool = False) -> Report:
@@ -49,10 +55,14 @@ def patch(name: str, *, quiet: bool = False) -> Report:
 
 
 def unpatch(name: str | None = None) -> list[Report]:
-    """Puts back every function of a host (None: of all hosts), in every module that holds ours. Returns a report each."""
+    """Puts back every function of a host (None: of all hosts), in every loaded module that holds ours by a name of its own, and
+    stops waiting for its imports. Returns a report each."""
     from .patching import remove
 
-    return [remove(host(n)) for n in (HOSTS if name is None else (name,))]
+    names = HOSTS if name is None else (name,)
+    for n in names:
+        watch.remove(_following.pop(n, None))
+    return [remove(host(n)) for n in names]
 
 
 def install(names: str | None = None) -> None:
@@ -64,21 +74,23 @@ def install(names: str | None = None) -> None:
     Raises:
         ValueError: an unknown name.
     """
-    from .patching import apply, log
+    given = os.environ.get("FASTRLHF_PATCH", "") if names is None else names
+    wanted = [n for n in map(str.strip, given.split(",")) if n]
+    for name in wanted:
+        _check(name)
+    for name in wanted:
+        _follow(name)
 
-    global _installed
-    for name in filter(
-        None, (n.strip() for n in (os.environ.get("FASTRLHF_PATCH", "") if names is None else names).split(","))
-    ):
-        found = host(name)
-        if name in _installed:
-            continue
-        _installed |= {name}
 
-        def when_imported(_: Any, found: Any = found) -> None:
-            log(str(apply(found, eager=False)))
+def _follow(name: str) -> None:
+    def when_imported(_: Any) -> None:
+        from .patching import apply, log
 
-        if found.package in sys.modules:
-            when_imported(None)
-        else:
-            watch.add(found.package, when_imported)
+        _following.pop(name, None)
+        log(str(apply(host(name), eager=False)))
+
+    if name in sys.modules:
+        when_imported(None)
+    elif name not in _following:
+        _following[name] = when_imported
+        watch.add(name, when_imported)

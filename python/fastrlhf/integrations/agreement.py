@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -35,8 +36,8 @@ class Agreement(NamedTuple):
     """What was compared and found good.
 
     Args:
-        error: the largest |ours - host's| / (1 + |host's|) of results, and relative to the largest one of gradients; or of
-            ours to the host's function in float64, where `hosts_error` is given.
+        error: the largest |ours - host's| in units of `_unit`; or of ours to the host's function in float64, where
+            `hosts_error` is given.
         declined: why ours left the call to the host.
         hosts_error: of the host's own result to its function in float64, where it differs from ours by more than the
             tolerance and ours is the nearer one.
@@ -55,12 +56,9 @@ def compare(original: Function, replacement: Function, call: Call) -> Agreement:
 
 
 def _compare_call(original: Function, replacement: Function, call: Call) -> Agreement:
-    torch_state = torch.get_rng_state()
-    try:
+    with _own_random_state(call):
         theirs = _run(original, call) if call.differs is None else None
         ours = _run(replacement, call)
-    finally:
-        torch.set_rng_state(torch_state)
     if call.differs is not None or (call.lacks is not None and isinstance(theirs, call.lacks)):
         if isinstance(ours, Exception):
             raise Disagreement(f"{call.name}: ours raised {type(ours).__name__}: {ours}")
@@ -81,14 +79,8 @@ def _compare_call(original: Function, replacement: Function, call: Call) -> Agre
 
 def _nearer_to_float64(original: Function, pairs: list[tuple[str, Any, Any]], call: Call) -> Agreement | None:
     """Where ours and the host's differ: who is right. None if it cannot be told, or if it is not ours everywhere."""
-    torch_state, default = torch.get_rng_state(), torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _InFloat64():
-            result = _run(call.definition or original, replace(call, args=_double(call.args), kwargs=_double(call.kwargs)))
-    finally:
-        torch.set_default_dtype(default)
-        torch.set_rng_state(torch_state)
+    with _own_random_state(call), _InFloat64():
+        result = _run(call.definition or original, replace(call, args=_double(call.args), kwargs=_double(call.kwargs)))
     exact = list(_leaves(result, "result"))
     if [path for path, _ in exact] != [path for path, _, _ in pairs]:
         return None
@@ -99,15 +91,19 @@ def _nearer_to_float64(original: Function, pairs: list[tuple[str, Any, Any]], ca
         except _TooFar:
             if not isinstance(e, Tensor) or e.dtype != torch.float64 or e.shape != ours.shape or not bool(e.isfinite().all()):
                 return None
-            mine, host = _relative(ours, e), _relative(theirs, e)
+            mine, host = _relative(ours, e, path, call), _relative(theirs, e, path, call)
             if not mine <= max(host, call.tolerance or TOLERANCES[ours.dtype]):
                 return None
             ours_worst, hosts_worst = max(ours_worst, mine), max(hosts_worst, host)
     return Agreement(ours_worst, hosts_error=hosts_worst)
 
 
+def _own_random_state(call: Call) -> AbstractContextManager[None]:
+    return torch.random.fork_rng({t.device for t in tensors([call.args, call.kwargs]) if t.is_cuda})
+
+
 class _InFloat64(TorchFunctionMode):
-    """Where a function converts to float32 itself."""
+    """Where a function converts to float32 itself, or makes tensors of the default dtype."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:
@@ -115,12 +111,27 @@ class _InFloat64(TorchFunctionMode):
         wider = {torch.float32: torch.float64}
         args = tuple(wider.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
         kwargs = {k: wider.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        made = isinstance(out, Tensor) and out.dtype == torch.float32 and "dtype" not in kwargs
+        if made and not any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
+            return func(*args, **kwargs, dtype=torch.float64)
+        return out
 
 
-def _relative(a: Tensor, exact: Tensor) -> float:
-    a, exact = a.detach().double().cpu(), exact.detach().cpu()
-    return float(((a - exact).abs() / (1 + exact.abs())).nan_to_num(nan=float("inf")).max())
+def _relative(a: Tensor, exact: Tensor, path: str, call: Call) -> float:
+    dtype, a, exact = a.dtype, a.detach().double().cpu(), exact.detach().cpu()
+    return float(((a - exact).abs() / _unit(exact, dtype, path, call)).nan_to_num(nan=float("inf")).max())
+
+
+def _unit(exact: Tensor, dtype: torch.dtype, path: str, call: Call) -> Tensor:
+    """What an error is measured in: of a gradient its largest element, as its sums round by their largest terms and a mean
+    over many tokens makes all of them small; of a result itself, and its largest element between 0.01 and 1, as what is near
+    0 may be a difference (a log-prob)."""
+    size = exact.abs().nan_to_num()
+    largest = size.max() if size.numel() else size.new_ones(())
+    if call.grads and path.startswith(GRADIENTS):
+        return largest.clamp(min=torch.finfo(dtype).smallest_normal).expand_as(size)
+    return size + largest.clamp(0.01, 1.0)
 
 
 def _double(x: Any) -> Any:
@@ -213,10 +224,7 @@ def _compare(ours: Any, theirs: Any, path: str, call: Call) -> float:
     tolerance = call.tolerance or TOLERANCES[theirs.dtype]
     a, b = ours.detach().double().cpu(), theirs.detach().double().cpu()
     same = (a == b) | (a.isnan() & b.isnan())
-    unit = 1 + b.abs()
-    if call.grads and path.startswith(GRADIENTS) and b.numel():  # sums over rows round by their largest terms
-        unit = unit.clamp(min=float(b.nan_to_num().abs().max()))
-    error = torch.where(same, torch.zeros_like(a), (a - b).abs() / unit)
+    error = torch.where(same, torch.zeros_like(a), (a - b).abs() / _unit(b, theirs.dtype, path, call))
     worst = float(error.max()) if error.numel() else 0.0
     if not worst <= tolerance:
         at = int(error.nan_to_num(nan=float("inf")).argmax())

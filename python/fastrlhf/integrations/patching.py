@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from .agreement import Disagreement, HostFailed, compare
-from .imports import Callback, watch
+from .imports import Callback, exists, watch
 from .report import LIVE, NOT_LIVE, WAITING, Report, Status
 from .seam import Entry, Host, Seam, Sizes, logger
+from .signatures import mismatch, signature_of
 
 _lock = threading.RLock()
 UNKNOWN = "unknown"
@@ -63,6 +64,7 @@ class State:
     host: Host
     applied: dict[str, Applied] = field(default_factory=dict)
     waiting: dict[str, Callback] = field(default_factory=dict)
+    comparing: set[str] = field(default_factory=set)
 
 
 _states: dict[str, State] = {}
@@ -98,54 +100,86 @@ def apply(host: Host, *, eager: bool) -> Report:
     report = Report(host.name, found, host.tested, known)
     with _lock:
         state = _states.setdefault(host.name, State(host))
-        for seam in host.seams:
-            if found is None:
-                report.seams.append(Status(seam.name, seam.op, NOT_LIVE, f"{host.package} is not installed"))
-            else:
-                report.seams.append(_apply_or_wait(state, seam, known, eager and not seam.on_import))
+    for seam in host.seams:
+        if found is None:
+            report.seams.append(Status(seam.name, seam.op, NOT_LIVE, f"{host.package} is not installed"))
+        else:
+            report.seams.append(_apply_or_wait(state, seam, known, eager and not seam.on_import))
     return report
 
 
 def _apply_or_wait(state: State, seam: Seam | Entry, known: bool, eager: bool) -> Status:
+    """Nothing is imported or compared under the lock: an import in another thread may wait for it to call back."""
     if seam.name in state.applied:
         return state.applied[seam.name].status
-    module = sys.modules.get(seam.module)
-    if module is not None and _is_being_imported(module):
-        module = None
-    elif module is None and eager:
+    module = _imported(seam.module)
+    if module is None and eager and seam.module not in sys.modules:
         try:
             module = importlib.import_module(seam.module)
         except Exception as error:
             return Status(seam.name, seam.op, NOT_LIVE, f"{seam.module} cannot be imported: {type(error).__name__}: {error}")
-    if module is not None:
-        return _apply(state, seam, module, known)
-    if seam.name not in state.waiting:
+    if module is None and not exists(seam.module):
+        return Status(seam.name, seam.op, NOT_LIVE, f"there is no module {seam.module}")
+    if module is None:
+        _wait(state, seam, known)
+        module = _imported(seam.module)  # while that was done
+        if module is None:
+            if seam.module in sys.modules and not watch.follows(seam.module):
+                _stop_waiting(state, seam)
+                return Status(seam.name, seam.op, NOT_LIVE, f"{seam.module} is being imported: call patch again afterwards")
+            return Status(seam.name, seam.op, WAITING, f"until {seam.module} is imported")
+        _stop_waiting(state, seam)
+    return _apply(state, seam, module, known)
 
-        def when_imported(module: ModuleType) -> None:
-            with _lock:
-                state.waiting.pop(seam.name, None)
-                status = _apply(state, seam, module, known)
-                log(f"{status.seam}: {status.state}{'; ' + status.note if status.note else ''}")
 
-        state.waiting[seam.name] = when_imported
-        watch.add(seam.module, when_imported)
-    return Status(seam.name, seam.op, WAITING, f"until {seam.module} is imported")
+def _imported(name: str) -> ModuleType | None:
+    """A module whose import has ended."""
+    module = sys.modules.get(name)
+    return None if module is None or getattr(module.__spec__, "_initializing", False) else module
 
 
-def _is_being_imported(module: ModuleType) -> bool:
-    return bool(getattr(module.__spec__, "_initializing", False))
+def _wait(state: State, seam: Seam | Entry, known: bool) -> None:
+    def when_imported(module: ModuleType) -> None:
+        state.waiting.pop(seam.name, None)
+        status = _apply(state, seam, module, known)
+        log(f"{status.seam}: {status.state}{'; ' + status.note if status.note else ''}")
+
+    with _lock:
+        if seam.name not in state.waiting:
+            state.waiting[seam.name] = when_imported
+            watch.add(seam.module, when_imported)
+
+
+def _stop_waiting(state: State, seam: Seam | Entry) -> None:
+    with _lock:
+        callback = state.waiting.pop(seam.name, None)
+        if callback is not None:
+            watch.remove(callback)
 
 
 def _apply(state: State, seam: Seam | Entry, module: ModuleType, known: bool) -> Status:
+    with _lock:
+        if seam.name in state.applied:
+            return state.applied[seam.name].status
+        if seam.name in state.comparing:
+            return Status(seam.name, seam.op, WAITING, "for another thread, which compares it")
+        state.comparing.add(seam.name)
     try:
-        applied = _add(seam, module) if isinstance(seam, Entry) else _replace(state.host, seam, module, known)
+        applied = _compared(state.host, seam, module, known)
+        with _lock:
+            if _states.get(state.host.name) is not state:
+                return Status(seam.name, seam.op, NOT_LIVE, "unpatched meanwhile")
+            for place in applied.places:
+                place.put(applied.replacement)
+            state.applied[seam.name] = applied
+        return applied.status
     except (Unavailable, Disagreement) as error:
         return Status(seam.name, seam.op, NOT_LIVE, str(error))
     except Exception as error:  # a host that changed may break anything here: it keeps its own function
         logger.debug("%s", seam.name, exc_info=True)
         return Status(seam.name, seam.op, NOT_LIVE, f"{type(error).__name__}: {error}")
-    state.applied[seam.name] = applied
-    return applied.status
+    finally:
+        state.comparing.discard(seam.name)
 
 
 def require_op(op: str) -> None:
@@ -156,21 +190,15 @@ def require_op(op: str) -> None:
         raise Unavailable(f"{op} is not in this build")
 
 
-def _add(entry: Entry, module: ModuleType) -> Applied:
-    require_op(entry.op)
-    registry = getattr(module, entry.registry, None)
-    if not isinstance(registry, dict):
-        raise Unavailable(f"{entry.module} has no dict {entry.registry}")
-    if entry.key in registry:
-        raise Unavailable(f"{entry.registry} has {entry.key!r} already")
-    function = entry.build(module)
-    place = Place(registry, entry.key, item=True)
-    place.put(function)
-    return Applied(Status(entry.name, entry.op, LIVE, "a new name", 1), function, None, [place])
-
-
-def find(seam: Seam, module: ModuleType) -> tuple[Place, Any]:
-    """Where a seam is, and what is there."""
+def find(seam: Seam | Entry, module: ModuleType) -> tuple[Place, Any]:
+    """Where a seam is, and the host's own function: what is there, or for a new entry the one `like` it, or None."""
+    if isinstance(seam, Entry):
+        registry = vars(module).get(seam.registry)
+        if not isinstance(registry, dict):
+            raise Unavailable(f"{seam.module} has no dict {seam.registry}")
+        if seam.key in registry:
+            raise Unavailable(f"{seam.registry} has {seam.key!r} already")
+        return Place(registry, seam.key, item=True), _hosts_own(registry.get(seam.like))
     *path, key = seam.attribute.split(".")
     holder: Any = module
     for part in path:
@@ -183,25 +211,46 @@ def find(seam: Seam, module: ModuleType) -> tuple[Place, Any]:
     return Place(holder, key), value
 
 
-def _replace(host: Host, seam: Seam, module: ModuleType, known: bool) -> Applied:
+def _hosts_own(function: Any) -> Any:
+    return function.__wrapped__ if getattr(function, "__fastrlhf__", False) else function
+
+
+def build(seam: Seam | Entry, original: Any) -> Any:
+    """The replacement; raises `Unavailable` where it does not take every argument that the host's function takes."""
+    replacement = seam.build(original)
+    try:
+        theirs = signature_of(seam.called(original))
+    except (TypeError, ValueError):  # a builtin, which shows none
+        return replacement
+    if found := mismatch(theirs, signature_of(replacement, own=True)):
+        raise Unavailable(f"the host's takes {found}")
+    return replacement
+
+
+def uncompared(seam: Seam | Entry, original: Any) -> str:
+    """Why a seam cannot be compared with the host's function here; empty if it can."""
+    if seam.calls is None:
+        return seam.unverified
+    return f"{seam.module} has no {seam.like!r} in {seam.registry}" if isinstance(seam, Entry) and original is None else ""
+
+
+def _compared(host: Host, seam: Seam | Entry, module: ModuleType, known: bool) -> Applied:
+    """A seam that may go live."""
     require_op(seam.op)
     place, original = find(seam, module)
     if getattr(original, "__fastrlhf__", False):
         raise Unavailable("patched by another copy of fastrlhf")
-    replacement = seam.build(original)
-    error, note = None, ""
-    if seam.calls is not None:
-        error = verified(seam, original, replacement)
-    elif not known:
-        raise Unavailable(
-            f"cannot be compared with the host's function here ({seam.unverified}), and the version is not tested"
-        )
+    replacement = build(seam, original)
+    error, note = None, "a new name" if isinstance(seam, Entry) else ""
+    if reason := uncompared(seam, original):
+        if not known:
+            raise Unavailable(f"cannot be compared with the host's function here ({reason}), and the version is not tested")
+        note = ", ".join(filter(None, [note, f"not compared: {reason}"]))
     else:
-        note = f"not compared: {seam.unverified}"
-    places = [place, *_others(host, seam, module, original, place)]
-    for p in places:
-        p.put(replacement)
-    return Applied(Status(seam.name, seam.op, LIVE, note, len(places), error), replacement, original, places)
+        error = verified(seam, original, replacement)
+    places = [place] if isinstance(seam, Entry) else [place, *_others(host, seam, module, original, place)]
+    status = Status(seam.name, seam.op, LIVE, note, len(places), error)
+    return Applied(status, replacement, None if isinstance(seam, Entry) else original, places)
 
 
 def devices() -> list[str]:
@@ -209,7 +258,7 @@ def devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def verified(seam: Seam, original: Any, replacement: Any) -> float:
+def verified(seam: Seam | Entry, original: Any, replacement: Any) -> float:
     """The largest difference in the seam's calls on small inputs on the first device where the host's function runs; of calls
     that neither the host rounds nor ours leaves to it."""
     *others, last = devices()
@@ -221,8 +270,8 @@ def verified(seam: Seam, original: Any, replacement: Any) -> float:
     return _verified(seam, original, replacement, Sizes(device=last))
 
 
-def _verified(seam: Seam, original: Any, replacement: Any, sizes: Sizes) -> float:
-    theirs, ours = seam.function(original), seam.function(replacement)
+def _verified(seam: Seam | Entry, original: Any, replacement: Any, sizes: Sizes) -> float:
+    theirs, ours = seam.pair(original, replacement)
     errors = []
     for call in seam.calls_of(original, sizes):
         found = compare(theirs, ours, call)
@@ -262,23 +311,25 @@ def remove(host: Host) -> Report:
         state = _states.pop(host.name, State(host))
         for callback in state.waiting.values():
             watch.remove(callback)
+        _find_copies(state.applied.values())
         for applied in reversed(list(state.applied.values())):
-            report.seams.append(_restore(host, applied))
+            report.seams.append(_restore(applied))
     return report
 
 
-def _restore(host: Host, applied: Applied) -> Status:
-    places = list(applied.places)
-    if applied.original is not None:
-        for loaded in _modules(host):  # also those that imported the replacement by name
-            known = {(id(p.holder), p.key) for p in places}
-            places += [
-                Place(loaded, k)
-                for k, v in list(vars(loaded).items())
-                if v is applied.replacement and (id(loaded), k) not in known
-            ]
+def _find_copies(live: Iterable[Applied]) -> None:
+    """Modules, the host's and others, that imported a replacement by name."""
+    held = {id(a.replacement): a for a in live if a.original is not None}
+    known = {(id(p.holder), p.key) for a in held.values() for p in a.places}
+    for module in [m for m in list(sys.modules.values()) if isinstance(m, ModuleType)]:
+        for key, value in list(vars(module).items()):
+            if id(value) in held and (id(module), key) not in known:
+                held[id(value)].places.append(Place(module, key))
+
+
+def _restore(applied: Applied) -> Status:
     left = 0
-    for place in places:
+    for place in applied.places:
         if place.get() is not applied.replacement:
             left += 1  # someone else patched over it
         elif applied.original is None:

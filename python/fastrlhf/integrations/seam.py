@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .signatures import signature_of
 
 logger = logging.getLogger("fastrlhf.integrations")
 Function = Callable[..., Any]
@@ -75,7 +77,6 @@ class Seam:
         on_import: patched when the host imports the module; our import of it would cost time or fail.
         unverified: why `calls` is None.
         function: how to call what the attribute holds: ``cls.apply`` of an autograd function, a method of a bare instance.
-        signature: of that, where it does not show it itself. Calls with arguments that this version lacks are left out.
     """
 
     module: str
@@ -87,39 +88,71 @@ class Seam:
     on_import: bool = False
     unverified: str = ""
     function: Callable[[Any], Function] = lambda held: held
-    signature: Callable[[Any], inspect.Signature] | None = None
 
     def calls_of(self, original: Any, sizes: Sizes) -> Iterator[Call]:
         """The calls that this version of the host's function takes."""
         assert self.calls is not None
-        try:
-            signature = self.signature(original) if self.signature else inspect.signature(self.function(original))
-        except (TypeError, ValueError):  # a builtin
-            yield from self.calls(sizes)
-            return
-        for call in self.calls(sizes):
-            try:
-                signature.bind(*call.args, **call.kwargs)
-            except TypeError:
-                continue
-            if not any(name in signature.parameters for name in call.without):
-                yield call
+        return _taken(self.calls(sizes), original)
+
+    def called(self, original: Any) -> Any:
+        """What shows how the host calls it."""
+        return original
+
+    def pair(self, original: Any, replacement: Any) -> tuple[Function, Function]:
+        """Both, as `calls` call them."""
+        return self.function(original), self.function(replacement)
 
     @property
     def name(self) -> str:
         return f"{self.module}.{self.attribute}"
 
 
+def _taken(calls: Iterable[Call], function: Any) -> Iterator[Call]:
+    try:
+        signature = signature_of(function)
+    except (TypeError, ValueError):  # a builtin
+        yield from calls
+        return
+    for call in calls:
+        try:
+            signature.bind(*call.args, **call.kwargs)
+        except TypeError:
+            continue
+        if not any(name in signature.parameters for name in call.without):
+            yield call
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A function of ours under a new name in a host's registry, `module.registry[key]`."""
+    """A function of ours under a new name in a host's registry, `module.registry[key]`.
+
+    Args:
+        build: the function, given the host's own of that kind (or None).
+        like: the key of the host's own function that it is compared with.
+        calls: on which both are compared; None where the host has none like it, and `unverified` says so.
+        function: how to call the host's as ours is called.
+    """
 
     module: str
     registry: str
     key: str
-    build: Callable[[Any], Any]  # given the host's module
+    build: Build
     op: str
+    like: str = ""
+    calls: Calls | None = None
+    unverified: str = "the host has no such function"
     on_import: bool = False
+    function: Callable[[Any], Function] = lambda held: held
+
+    def calls_of(self, original: Any, sizes: Sizes) -> Iterator[Call]:
+        assert self.calls is not None
+        return _taken(self.calls(sizes), self.called(original))
+
+    def called(self, original: Any) -> Any:
+        return self.function(original)
+
+    def pair(self, original: Any, replacement: Any) -> tuple[Function, Function]:
+        return self.function(original), replacement
 
     @property
     def name(self) -> str:
@@ -144,15 +177,16 @@ class Host:
 
 
 _declined: set[tuple[str, str]] = set()
-_watched: list[list[str]] = []
+_watched: ContextVar[list[str] | None] = ContextVar("declines", default=None)
 
 
 def decline(seam: str, reason: str) -> None:
     """Says once that a call went to the host's own function, and why."""
     if torch.compiler.is_compiling():
         return
-    if _watched:
-        _watched[-1].append(reason)
+    reasons = _watched.get()
+    if reasons is not None:
+        reasons.append(reason)
     elif (seam, reason) not in _declined:
         _declined.add((seam, reason))
         logger.warning("%s: the host's own function serves calls with %s", seam, reason)
@@ -160,13 +194,13 @@ def decline(seam: str, reason: str) -> None:
 
 @contextmanager
 def declines() -> Iterator[list[str]]:
-    """The reasons of the calls that went to the host's own function meanwhile, which are not logged."""
+    """The reasons of the calls that went to the host's own function meanwhile in this thread, which are not logged."""
     reasons: list[str] = []
-    _watched.append(reasons)
+    token = _watched.set(reasons)
     try:
         yield reasons
     finally:
-        _watched.remove(reasons)
+        _watched.reset(token)
 
 
 def obstacle(x: Any, op: str = "logprobs") -> str | None:

@@ -10,6 +10,7 @@ slime's own function, without the option, does it. Tested against the formulas o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -38,11 +39,13 @@ def advantages(args: Any, rollout_data: MutableMapping[str, Any]) -> None:
     ``reinforce_plus_plus_baseline``: reward - kl_coef · kl. Whitening is slime's own, afterwards.
 
     Raises:
-        ValueError: another estimator, or context parallelism.
+        ValueError: another estimator, context parallelism, or a response without a token.
     """
     _only_without("context parallelism", _context_parallel() > 1)
     estimator, kl = args.advantage_estimator, [k.float() for k in rollout_data["kl"]]
     lengths = [len(k) for k in kl]
+    if estimator == "ppo" and 0 in lengths:
+        raise ValueError(f"rollout_data: sample {lengths.index(0)} has a response without a token, which a reward needs")
     packed = torch.cat(kl)
     rewards = torch.as_tensor(rollout_data["rewards"], dtype=torch.float32, device=packed.device)
     if estimator in ("grpo", "gspo", "cispo"):
@@ -101,7 +104,7 @@ def policy_loss(
     old_logprobs = torch.cat(list(old)) if old else logprobs.detach()
     out = ops.policy_loss(
         logprobs, old_logprobs, torch.cat(list(batch["advantages"])), weights,
-        kind={"gspo": "gspo", "cispo": "cispo"}.get(args.advantage_estimator, "ppo"),
+        kind=_kind(args),
         clip_low=args.eps_clip, clip_high=args.eps_clip_high, dual_clip=getattr(args, "eps_clip_c", None),
         entropy=entropy, entropy_coef=args.entropy_coef, reduction="token-sum", cu_seqlens=cu,
     )  # fmt: skip
@@ -119,10 +122,22 @@ def policy_loss(
             kl_loss = sum_of_sample_mean(ops.kl(logprobs, reference, kind=KL[args.kl_loss_type], clamp_output=bound))
         loss = loss + float(args.kl_loss_coef) * kl_loss
         metrics["kl_loss"] = kl_loss.detach()
+    if distilled := batch.get("opd_reverse_kl"):
+        metrics["opd_reverse_kl"] = sum_of_sample_mean(torch.cat(list(distilled))).detach()
     if rollout := batch.get("rollout_log_probs"):
         mine = logprobs.detach() if args.use_rollout_logprobs else old_logprobs
         metrics["train_rollout_logprob_abs_diff"] = sum_of_sample_mean((mine - torch.cat(list(rollout))).abs())
     return loss, {"loss": loss.detach()} | metrics
+
+
+def _kind(args: Any) -> str:
+    """Ours of slime's loss, which newer versions choose apart from the estimator: REINFORCE without a ratio, too."""
+    choose = getattr(sys.modules.get("slime.utils.ppo_utils"), "get_pg_loss_type", None)
+    chosen = choose(args) if choose is not None else args.advantage_estimator
+    if chosen in ("reinforce", "cispo"):
+        _only_without("CISPO of sequences", chosen == "cispo" and args.advantage_estimator == "gspo")
+        return str(chosen)
+    return "gspo" if args.advantage_estimator == "gspo" else "ppo"
 
 
 def _response_logprobs(args: Any, batch: Mapping[str, Any], logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,11 @@ def fused_loss(trainer: type) -> type:
     """
 
     class FusedLoss(trainer):  # type: ignore[misc]
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            if getattr(self, "use_liger_kernel", False) and hasattr(self, "compute_liger_loss"):  # before 1.14
+                decline("trl GRPOTrainer.compute_loss", "use_liger_kernel, which goes past the fused loss")
+            return super().compute_loss(*args, **kwargs)
+
         def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
             reason = _unserved(self)
             if reason is not None:

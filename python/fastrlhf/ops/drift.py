@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.policy_loss.reference import MISMATCH_BOUND
 from . import checks
 from .stats import LossStats
 
@@ -44,9 +45,10 @@ def logprob_drift(
 
     Returns:
         `LogprobDrift(stats, by_position)`. stats, over counted tokens, in nats: mean of |Δ|, signed_mean of Δ, p50, p90, p99
-        and max of |Δ|, k3 the mean of e^Δ - 1 - Δ (an estimate of KL(rollout || policy)), ratio_mean of e^Δ, outside_fraction
-        with e^Δ outside [0.9, 1.1], position_0 to position_{bins-1} the mean |Δ| of each part, tokens their number. A Δ that is
-        not finite counts as outside, and in not_finite_fraction; the other statistics leave it out. 0 where nothing counts.
+        and max of |Δ|, k3 the mean of e^Δ - 1 - Δ (an estimate of KL(rollout || policy)) and ratio_mean of e^Δ, both with Δ
+        clamped to ±20, outside_fraction with e^Δ outside [0.9, 1.1], position_0 to position_{bins-1} the mean |Δ| of each
+        part, tokens their number. A Δ that is not finite counts as outside, and in not_finite_fraction; the other statistics
+        leave it out. 0 where nothing counts.
 
     Raises:
         TypeError, ValueError: dtype, shape or device that do not fit, bins < 1.
@@ -64,7 +66,8 @@ def logprob_drift(
         part = _parts(counted, cu, bins)
         n, total = good.sum(), counted.sum()
         d = torch.where(good, d, 0.0)
-        size, ratio = d.abs(), d.exp()
+        size, bounded = d.abs(), d.clamp(-MISMATCH_BOUND, MISMATCH_BOUND)
+        ratio = bounded.exp()
         outside = (good & ((ratio < LOW) | (ratio > HIGH))).sum() + (total - n)
 
         def mean(x: Tensor, where: Tensor = good) -> Tensor:
@@ -76,7 +79,7 @@ def logprob_drift(
         quantiles = [ordered[i.clamp(max=ordered.numel() - 1)].clamp(min=0.0) for i in at]
         by_position = torch.stack([mean(size, good & (part == i)) for i in range(bins)])
         values = [
-            mean(size), mean(d), *quantiles, mean(ratio - 1 - d), mean(ratio), outside / total.clamp(min=1),
+            mean(size), mean(d), *quantiles, mean(ratio - 1 - bounded), mean(ratio), outside / total.clamp(min=1),
             (total - n) / total.clamp(min=1), total.double(), *by_position,
         ]  # fmt: skip
         names = (*NAMES, *(f"position_{i}" for i in range(bins)))
@@ -90,5 +93,6 @@ def _parts(counted: Tensor, cu: Tensor | None, bins: int) -> Tensor:
         length = (counted * (at + 1)).amax(-1, keepdim=True) if counted.shape[-1] else at
         return (at * bins).expand_as(counted) // length.clamp(min=1)
     row = torch.bucketize(at, cu[1:].to(at.dtype), right=True).clamp(max=max(cu.shape[0] - 2, 0))
-    start, end = cu[row], cu[row + 1] if cu.shape[0] > 1 else cu[row]
-    return (at - start) * bins // (end - start).clamp(min=1)
+    at = at - cu[row]
+    length = at.new_zeros(cu.shape[0]).scatter_reduce(0, row, counted * (at + 1), "amax")[row]
+    return at * bins // length.clamp(min=1)

@@ -39,9 +39,9 @@ def check_large(device: str, backend: str | None) -> Result | None:
     labels[: ROWS - 3 - 8] = -100
     try:
         out = ops.logprobs(logits, labels, entropy=True, backend=backend)
+        alone = ops.logprobs(tail, labels[-3:], entropy=True, backend=backend)
     except Exception as error:
         return Result("op", "logprobs", name, False, note=f"raised {type(error).__name__}: {error}")
-    alone = ops.logprobs(tail, labels[-3:], entropy=True, backend=backend)
     assert out.entropy is not None and alone.entropy is not None
     uniform = -torch.log(torch.tensor(float(VOCAB), dtype=torch.float64))
     flat = (out.logprobs[-11:-3].double().cpu() - uniform).abs().max()

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .checking import Result
-from .seams import Speed
+from .seams import NO_INPUT, Speed
 
 
 @dataclass
@@ -25,7 +25,11 @@ class Findings:
 
     @property
     def failed(self) -> list[Result]:
-        return [r for r in self.results if not r.passed]
+        return [r for r in self.results if r.passed is False]
+
+    @property
+    def uncompared(self) -> list[Result]:
+        return [r for r in self.results if r.passed is None]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"passed": not self.failed}
@@ -46,8 +50,12 @@ class Findings:
         ]
         lines += [f"FAILED {r.name} on {r.input}: {r.note}" for r in self.failed]
         lines += self.notes
-        passed = len(self.results) - len(self.failed)
-        lines.append(f"{passed} of {len(self.results)} comparisons passed" + ("" if self.failed else ": all"))
+        lines += [f"not compared: {r.name} on {r.input}, {r.note}" for r in self.uncompared if r.input != NO_INPUT]
+        total = len(self.results) - len(self.uncompared)
+        lines.append(
+            f"{total - len(self.failed)} of {total} comparisons passed{'' if self.failed else ': all'}"
+            + (f"; {len(self.uncompared)} not compared" if self.uncompared else "")
+        )
         return "\n".join(lines)
 
 
@@ -64,12 +72,12 @@ def _by_name(results: Iterable[Result]) -> list[tuple[str, list[Result]]]:
 def _row(name: str, group: Sequence[Result]) -> tuple[str, ...]:
     measured = [r for r in group if r.error is not None]
     worst = max(measured, key=lambda r: (r.error or 0) / (r.bar or 1), default=None)
-    failed = sum(not r.passed for r in group)
-    note = next((r.note for r in group if r.input == "none"), "")
-    inputs = str(len(group)) if not note else "-"
+    compared = [r for r in group if r.passed is not None]
+    note = next((f"not compared: {r.note}" for r in group if r.input == NO_INPUT), "")
+    counts = name, str(len(compared)), str(sum(not r.passed for r in compared))
     if worst is None:
-        return name, inputs, str(failed), "-", "-", note
-    return name, inputs, str(failed), f"{worst.error:.1e}", f"{worst.bar:.1e}", note
+        return *counts, "-", "-", note
+    return *counts, f"{worst.error:.1e}", f"{worst.bar:.1e}", note
 
 
 def _speed(s: Speed) -> tuple[str, ...]:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from ..integrations import agreement, patching
-from ..integrations.seam import Call, Host, Seam, Sizes
+from ..integrations.seam import Call, Entry, Host, Seam, Sizes
 from .checking import Result
 from .speed import peak_bytes, seconds
+
+NO_INPUT = "none"
 
 
 @dataclass
@@ -29,33 +31,42 @@ class Speed:
 
 def check_seams(host: Host, sizes: Sizes, *, measure: bool) -> Iterator[Result | Speed]:
     """A result for each call of each seam, on the small inputs and on `sizes`; then the speed of the first."""
-    importlib.import_module(host.package)
+    try:
+        importlib.import_module(host.package)
+    except Exception as error:
+        yield Result("seam", host.package, "import", False, note=f"raised {type(error).__name__}: {error}")
+        return
     patching.remove(host)  # a plug-in may have patched it when it was imported
     for seam in host.seams:
-        if not isinstance(seam, Seam):
-            continue
-        if seam.calls is None:
-            yield Result("seam", seam.name, "none", True, note=f"not compared: {seam.unverified}")
-            continue
         try:
-            patching.require_op(seam.op)
-            _, original = patching.find(seam, importlib.import_module(seam.module))
-            replacement = seam.build(original)
+            yield from _check_seam(seam, sizes, measure)
         except Exception as error:
-            yield Result("seam", seam.name, "none", True, note=f"not live: {error}")
-            continue
-        theirs, ours = seam.function(original), seam.function(replacement)
-        first: Call | None = None
-        for where in (Sizes(), sizes):
-            for call in seam.calls_of(original, where):
-                yield _check(seam, call, theirs, ours, where)
-                if where is sizes and first is None and call.differs is None and call.raises is None:
-                    first = call
-        if measure and first is not None:
-            yield _speed(seam, first, theirs, ours, sizes.device)
+            yield Result("seam", seam.name, "its inputs", False, note=f"raised {type(error).__name__}: {error}")
 
 
-def _check(seam: Seam, call: Call, theirs: Any, ours: Any, sizes: Sizes) -> Result:
+def _check_seam(seam: Seam | Entry, sizes: Sizes, measure: bool) -> Iterator[Result | Speed]:
+    try:
+        patching.require_op(seam.op)
+        _, original = patching.find(seam, importlib.import_module(seam.module))
+        if reason := patching.uncompared(seam, original):
+            raise patching.Unavailable(reason)
+        replacement = patching.build(seam, original)
+    except Exception as error:
+        why = str(error) if isinstance(error, patching.Unavailable) else f"{type(error).__name__}: {error}"
+        yield Result("seam", seam.name, NO_INPUT, None, note=why)
+        return
+    theirs, ours = seam.pair(original, replacement)
+    first: Call | None = None
+    for where in (Sizes(), sizes):
+        for call in seam.calls_of(original, where):
+            yield _check(seam, call, theirs, ours, where)
+            if where is sizes and first is None and call.differs is None and call.raises is None:
+                first = call
+    if measure and first is not None:
+        yield _speed(seam, first, theirs, ours, sizes.device)
+
+
+def _check(seam: Seam | Entry, call: Call, theirs: Any, ours: Any, sizes: Sizes) -> Result:
     name = (
         call.name
         if sizes == Sizes()
@@ -67,16 +78,15 @@ def _check(seam: Seam, call: Call, theirs: Any, ours: Any, sizes: Sizes) -> Resu
     except agreement.Disagreement as error:
         return Result("seam", seam.name, name, False, None, bar, str(error))
     if found.declined:
-        return Result("seam", seam.name, name, True, None, bar, f"left to the host: {found.declined}")
+        return Result("seam", seam.name, name, None, None, bar, f"left to the host: {found.declined}")
+    if call.differs is not None:
+        return Result("seam", seam.name, name, None, None, bar, f"the host is wrong there: {call.differs}")
     if found.hosts_error is not None:
         bar = max(bar, found.hosts_error)
-        return Result("seam", seam.name, name, True, found.error, bar, hosts_error=found.hosts_error)
-    if call.differs is not None:
-        return Result("seam", seam.name, name, True, None, bar, f"the host's is not compared: {call.differs}")
-    return Result("seam", seam.name, name, True, found.error, bar)
+    return Result("seam", seam.name, name, True, found.error, bar, hosts_error=found.hosts_error)
 
 
-def _speed(seam: Seam, call: Call, theirs: Any, ours: Any, device: str) -> Speed:
+def _speed(seam: Seam | Entry, call: Call, theirs: Any, ours: Any, device: str) -> Speed:
     runs = {"theirs": _run(theirs, call), "ours": _run(ours, call)}
     took = seconds(runs, device)
     return Speed(

@@ -108,9 +108,9 @@ def gae(original: Any) -> Any:
     def replacement(
         self: Any, token_level_rewards: Tensor, values: Tensor, mask: Tensor, gae_lambda: Any = None
     ) -> tuple[Tensor, Tensor]:
-        reason = semantics.statistics_obstacle(token_level_rewards, mask) or obstacle(values, "gae")
-        if reason is not None or values.dtype != torch.float32:
-            decline("nemo_rl _compute_gae", reason or f"values of {values.dtype}")
+        reason = semantics.carry_obstacle(token_level_rewards, values, mask)
+        if reason is not None:
+            decline("nemo_rl _compute_gae", reason)
             return original(self, token_level_rewards, values, mask, gae_lambda)
         lam = self.gae_lambda if gae_lambda is None else gae_lambda
         per_row = isinstance(lam, Tensor) and lam.dim() == 1
@@ -129,6 +129,7 @@ def gae_calls(sizes: Sizes) -> Iterator[Call]:
     r, v, m = make.batch(), make.batch(), make.mask()
     yield Call("gaps in the mask", (this, r, v, m), tolerance=1e-4)
     yield Call("a lambda given", (this, r, v, m, 0.5), tolerance=1e-4)
+    yield Call("fractions in the mask", (this, r, v, m * 0.5), tolerance=1e-4)
     rows = torch.linspace(0.0, 1.0, sizes.rows).to(sizes.device)
     yield Call("a lambda for each row", (this, r, v, m), {"gae_lambda": rows}, tolerance=1e-4)
 
@@ -137,18 +138,19 @@ def calculate_kl(original: Any) -> Any:
     @in_place_of(original)
     def replacement(
         logprobs: Tensor, logprobs_reference: Tensor, kl_type: str = "k3", input_clamp_value: float | None = 20.0,
-        output_clamp_value: float | None = 10.0, *args: Any, **kwargs: Any,
+        output_clamp_value: float | None = 10.0, importance_sampling_weights: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         reason = obstacle(logprobs, "kl") or obstacle(logprobs_reference, "kl")
         if reason is None and (kl_type not in ("k1", "k2", "k3") or logprobs.shape != logprobs_reference.shape):
             reason = "another type or two shapes"
-        if reason is None and any(a is not None for a in (*args, *kwargs.values())):
+        if reason is None and importance_sampling_weights is not None:
             reason = "importance weights"
         if reason is None and (logprobs.dtype != torch.float32 or logprobs_reference.dtype != torch.float32):
             reason = "log-probs that are not float32"
         if reason is not None:
             decline("nemo_rl calculate_kl", reason)
-            return original(logprobs, logprobs_reference, kl_type, input_clamp_value, output_clamp_value, *args, **kwargs)
+            given = (logprobs, logprobs_reference, kl_type, input_clamp_value, output_clamp_value)
+            return original(*given, *(() if importance_sampling_weights is None else (importance_sampling_weights,)))
         return ops.kl(
             logprobs, logprobs_reference, kind=kl_type, clamp_input=input_clamp_value, clamp_output=output_clamp_value
         )

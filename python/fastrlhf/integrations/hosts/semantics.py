@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,6 +51,17 @@ def statistics_obstacle(values: Any, mask: Any) -> str | None:
     return None
 
 
+def carry_obstacle(rewards: Any, values: Any, mask: Any) -> str | None:
+    """Why our GAE over a mask that is carried over does not give the host's result, which blends with fractions of a mask. A
+    mask of bool or integers is taken for 0 and 1, one of floats is looked at, which waits for the device."""
+    reason = statistics_obstacle(rewards, mask) or obstacle(values, "gae")
+    if reason is None and values.dtype != torch.float32:
+        reason = f"values of {values.dtype}"
+    if reason is None and mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
+        reason = "a mask with fractions"
+    return reason
+
+
 def sums(values: Tensor, mask: Tensor, dim: int | None) -> Tensor:
     """Σ m x over all, or over one dimension."""
     backend = backends.choose("masked_mean", values, None)
@@ -79,15 +89,19 @@ def whiten_all(
     return standardize_by(of, x, None, shift_mean, unbiased, eps, backend, out)
 
 
-def group_ids(index: Iterable[Any], device: torch.device) -> Tensor:
+def group_ids(index: Any, device: torch.device) -> Tensor:
     """Integers for labels of any hashable kind."""
     seen: dict[Any, int] = {}
-    return torch.tensor([seen.setdefault(i, len(seen)) for i in index], dtype=torch.int64, device=device)
+    labels = index.reshape(-1).tolist() if isinstance(index, Tensor) else index
+    return torch.tensor([seen.setdefault(i, len(seen)) for i in labels], dtype=torch.int64, device=device)
 
 
-def group_advantages(scores: Tensor, ids: Tensor, *, alone: str = "score", **options: Any) -> Tensor:
-    """`ops.group_advantages` with the host's choice for a group of one: its score, or 0."""
-    out = ops.group_advantages(scores, ids, **options)
+def group_advantages(scores: Tensor, ids: Tensor, *, kind: str, alone: str = "score", **options: Any) -> Tensor:
+    """`ops.group_advantages` with the host's choice for a group of one: its score, as if its mean were 0 (and its deviation
+    1, which is the operation's own choice for grpo), or 0."""
+    out = ops.group_advantages(scores, ids, kind=kind, **options)
+    if kind == "grpo" and alone == "score":
+        return out
     single = torch.bincount(ids)[ids] == 1 if len(ids) else ids.bool()
     return torch.where(single, scores.to(out.dtype) if alone == "score" else torch.zeros_like(out), out)
 

@@ -59,18 +59,33 @@ def logits_calls(sizes: Sizes) -> Iterator[Call]:
     yield Call("one rank", (x, y, alone()), grads=(0,))
 
 
-def gae(original: Any) -> Any:
+def vanilla_gae(original: Any) -> Any:
     @in_place_of(original)
-    def replacement(
-        rewards: Tensor, values: Tensor, gamma: float, lambd: float, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        reason = obstacle(rewards, "gae") or obstacle(values, "gae")
-        if reason is not None or rewards.dtype != torch.float32 or values.dtype != torch.float32:
-            decline(f"slime {original.__name__}", reason or "rewards or values that are not float32")
-            return original(rewards, values, gamma, lambd, *args, **kwargs)
-        return ops.gae(rewards.detach(), values.detach(), gamma=gamma, lam=lambd, mask_mode="none")
+    def replacement(rewards: Tensor, values: Tensor, gamma: float, lambd: float) -> tuple[Tensor, Tensor]:
+        return _gae(original, rewards, values, gamma, lambd)
 
     return replacement
+
+
+def chunked_gae(original: Any) -> Any:
+    @in_place_of(original)
+    def replacement(
+        rewards: Tensor, values: Tensor, gamma: float, lambd: float, chunk_size: int = 128
+    ) -> tuple[Tensor, Tensor]:
+        return _gae(original, rewards, values, gamma, lambd, chunk_size)
+
+    return replacement
+
+
+def _gae(original: Any, rewards: Tensor, values: Tensor, gamma: float, lambd: float, *rest: int) -> tuple[Tensor, Tensor]:
+    reason = obstacle(rewards, "gae") or obstacle(values, "gae")
+    if reason is None and (rewards.dtype != torch.float32 or values.dtype != torch.float32):
+        reason = "rewards or values that are not float32"
+    if reason is not None:
+        decline(f"slime {original.__name__}", reason)
+        out: tuple[Tensor, Tensor] = original(rewards, values, gamma, lambd, *rest)
+        return out
+    return ops.gae(rewards.detach(), values.detach(), gamma=gamma, lam=lambd, mask_mode="none")
 
 
 def gae_calls(sizes: Sizes) -> Iterator[Call]:
@@ -112,8 +127,8 @@ def kl_calls(sizes: Sizes) -> Iterator[Call]:
 
 SEAMS = (
     Seam(UTILS, "calculate_log_probs_and_entropy", log_probs_and_entropy, logits_calls, "logprobs", on_import=True),
-    Seam(UTILS, "chunked_gae", gae, gae_calls, "gae", on_import=True),
-    Seam(UTILS, "vanilla_gae", gae, gae_calls, "gae", on_import=True),
+    Seam(UTILS, "chunked_gae", chunked_gae, gae_calls, "gae", on_import=True),
+    Seam(UTILS, "vanilla_gae", vanilla_gae, gae_calls, "gae", on_import=True),
     Seam(UTILS, "compute_approx_kl", compute_approx_kl, kl_calls, "kl", on_import=True, function=uncompiled),
 )
 HOST = Host("slime", "slime", "slime", ("0.3", "0.3"), SEAMS)

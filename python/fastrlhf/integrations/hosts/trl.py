@@ -13,7 +13,7 @@ from ... import ops
 from ..seam import Call, Host, Seam, Sizes, decline, in_place_of, obstacle
 from . import semantics
 from .inputs import inputs
-from .trl_linear import chunked_logprobs, chunked_logprobs_calls, signature
+from .trl_linear import chunked_logprobs, chunked_logprobs_calls
 
 UTILS = "trl.trainer.utils"
 
@@ -152,7 +152,7 @@ SEAMS = (
     ),
     Seam(
         UTILS, "_ChunkedLogProbFunction", chunked_logprobs, chunked_logprobs_calls, "linear_logprobs",
-        function=lambda held: held.apply, signature=signature,
+        function=lambda held: held.apply,
     ),
 )  # fmt: skip
 HOST = Host("trl", "trl", "trl", ("1.13", "1.16"), SEAMS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ... import ops
 from ..seam import Call, Sizes, decline, obstacle
+from ..signatures import signature_of
 from .inputs import inputs
 
 TILE = 64 << 20  # bytes of logits at a time, for the rows of which neither probability nor entropy says whether they are top
@@ -19,17 +19,9 @@ OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 Outputs = tuple[Tensor | None, ...]
 
 
-def signature(original: Any) -> inspect.Signature:
-    """Of the autograd function's `apply`."""
-    if not hasattr(original, "forward"):
-        return inspect.signature(original.apply)
-    whole = inspect.signature(original.forward)
-    return whole.replace(parameters=list(whole.parameters.values())[1:])
-
-
 def chunked_logprobs(original: Any) -> Any:
     """In the place of the autograd function: a class with its `apply`. Before 1.15 it gave log-probs and entropy alone."""
-    chooses = "outputs" in signature(original).parameters
+    chooses = "outputs" in signature_of(original).parameters
 
     class ChunkedLogProb:
         __fastrlhf__ = True

@@ -210,9 +210,7 @@ def gae(original: Any) -> Any:
     def replacement(
         token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: Any, lam: Any
     ) -> tuple[Tensor, Tensor]:
-        reason = semantics.statistics_obstacle(token_level_rewards, response_mask) or obstacle(values, "gae")
-        if reason is None and values.dtype != torch.float32:
-            reason = f"values of {values.dtype}"
+        reason = semantics.carry_obstacle(token_level_rewards, values, response_mask)
         if reason is not None:
             decline("verl compute_gae_advantage_return", reason)
             return original(token_level_rewards, values, response_mask, gamma, lam)
@@ -235,6 +233,7 @@ def gae_calls(sizes: Sizes) -> Iterator[Call]:
             yield Call(
                 f"{dtype} mask with gaps, gamma {gamma}, lam {lam}", (r, v, make.mask(dtype), gamma, lam), tolerance=1e-4
             )
+    yield Call("fractions in the mask", (r, v, make.mask() * 0.5, 0.99, 0.95), tolerance=1e-4)
     yield Call("an empty mask", (r, v, torch.zeros_like(r), 1.0, 0.95), raises=ValueError)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..seam import Call, Entry, Seam, Sizes, decline, in_place_of, obstacle
+from ..seam import Call, Calls, Entry, Seam, Sizes, decline, in_place_of, obstacle
 from . import semantics
 from .inputs import inputs
 
@@ -41,28 +41,52 @@ def advantages(kind: str, *, alone: str = "score", finish: Finish = broadcast) -
     def build(original: Any) -> Any:
         @in_place_of(original)
         def replacement(
-            token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6, *args: Any, **kwargs: Any
-        ) -> tuple[Tensor, Tensor]:
-            reason = obstacle(token_level_rewards, "group_advantages")
-            if reason is None and token_level_rewards.dtype != torch.float32:
-                reason = f"rewards of {token_level_rewards.dtype}"
-            if reason is None and args and not isinstance(args[0], bool):
-                reason = "an argument it does not know"
-            if reason is not None:
+            token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6, config: Any = None,
+            **kwargs: Any,
+        ) -> tuple[Tensor, Tensor]:  # fmt: skip
+            if reason := _obstacle(token_level_rewards):
                 decline(f"verl {original.__name__}", reason)
-                return original(token_level_rewards, response_mask, index, epsilon, *args, **kwargs)
-            scaled = args[0] if args else kwargs.get("norm_adv_by_std_in_grpo", True)
-            with torch.no_grad():
-                scores = token_level_rewards.sum(-1)
-                ids = semantics.group_ids(index, scores.device)
-                lengths = response_mask.sum(-1) if kind == "opo" else None
-                which = "dr_grpo" if kind == "grpo" and not scaled else kind
-                out = semantics.group_advantages(scores, ids, alone=alone, kind=which, eps=epsilon, lengths=lengths)
-                return finish(out, response_mask)
+                out: tuple[Tensor, Tensor] = original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
+                return out
+            return grouped(token_level_rewards, response_mask, index, epsilon, kind, alone, finish)
 
         return replacement
 
     return build
+
+
+def grpo(original: Any) -> Any:
+    @in_place_of(original)
+    def replacement(
+        token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6,
+        norm_adv_by_std_in_grpo: bool = True, config: Any = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if reason := _obstacle(token_level_rewards):
+            decline(f"verl {original.__name__}", reason)
+            given = (token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo, config)
+            out: tuple[Tensor, Tensor] = original(*given)
+            return out
+        kind = "grpo" if norm_adv_by_std_in_grpo else "dr_grpo"
+        return grouped(token_level_rewards, response_mask, index, epsilon, kind)
+
+    return replacement
+
+
+def _obstacle(rewards: Any) -> str | None:
+    reason = obstacle(rewards, "group_advantages")
+    return f"rewards of {rewards.dtype}" if reason is None and rewards.dtype != torch.float32 else reason
+
+
+@torch.no_grad()
+def grouped(
+    rewards: Tensor, mask: Tensor, index: Any, eps: float, kind: str, alone: str = "score", finish: Finish = broadcast
+) -> tuple[Tensor, Tensor]:
+    """An answer's summed reward against those of its prompt."""
+    scores = rewards.sum(-1)
+    ids = semantics.group_ids(index, scores.device)
+    lengths = mask.sum(-1) if kind == "opo" else None
+    out = semantics.group_advantages(scores, ids, alone=alone, kind=kind, eps=eps, lengths=lengths)
+    return finish(out, mask)
 
 
 def calls(sizes: Sizes) -> Iterator[Call]:
@@ -74,6 +98,20 @@ def calls(sizes: Sizes) -> Iterator[Call]:
     index = np.array([f"prompt {min(i // 3, 1) if i < rows - 1 else 'alone'}" for i in range(rows)], dtype=object)
     for dtype in (torch.float32, torch.int64):
         yield Call(f"{dtype} mask, groups of several sizes, one of one", (rewards, wide.mask(dtype), index), tolerance=1e-4)
+    yield Call("an epsilon of 0.5", (rewards, wide.mask(), index, 0.5), tolerance=1e-4)
+
+
+def vectorized(compared: Calls) -> Calls:
+    """These take group ids as a tensor too."""
+
+    def calls(sizes: Sizes) -> Iterator[Call]:
+        for call in compared(sizes):
+            yield call
+        rewards, mask, index, *rest = call.args
+        ids = semantics.group_ids(index, rewards.device) * 7
+        yield Call("group ids in a tensor", (rewards, mask, ids, *rest), call.kwargs, tolerance=1e-4)
+
+    return calls
 
 
 def grpo_calls(sizes: Sizes) -> Iterator[Call]:
@@ -82,17 +120,17 @@ def grpo_calls(sizes: Sizes) -> Iterator[Call]:
         yield Call(f"{call.name}, not divided by std", call.args, {"norm_adv_by_std_in_grpo": False}, tolerance=1e-4)
 
 
-def seam(name: str, build: Callable[[Any], Any], compared: Callable[[Sizes], Iterator[Call]] = calls) -> Seam:
+def seam(name: str, build: Callable[[Any], Any], compared: Calls = calls) -> Seam:
     return Seam(
         ALGORITHMS, f"compute_{name}_outcome_advantage", build, compared, "group_advantages", ("ADV_ESTIMATOR_REGISTRY",)
     )
 
 
 GROUP_SEAMS: tuple[Seam | Entry, ...] = (
-    seam("grpo", advantages("grpo"), grpo_calls),
-    seam("grpo_vectorized", advantages("grpo"), grpo_calls),
+    seam("grpo", grpo, grpo_calls),
+    seam("grpo_vectorized", grpo, vectorized(grpo_calls)),
     seam("rloo", advantages("rloo")),
-    seam("rloo_vectorized", advantages("rloo", alone="zero")),
+    seam("rloo_vectorized", advantages("rloo", alone="zero"), vectorized(calls)),
     seam("opo", advantages("opo")),
     seam("reinforce_plus_plus_baseline", advantages("dr_grpo", finish=whitened)),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ..seam import Call, Entry, Sizes, decline, in_place_of
+from ..seam import Call, Calls, Entry, Sizes, decline, in_place_of
 from . import semantics
 from .inputs import inputs
+from .verl_groups import calls, grouped
 
 ALGORITHMS = "verl.trainer.ppo.core_algos"
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
@@ -95,13 +98,20 @@ def value_loss_calls(sizes: Sizes) -> Iterator[Call]:
 # --- policy losses -----------------------------------------------------------------------------------------------------------
 
 
-def policy_loss(kind: str) -> Callable[[Any], Any]:
-    """A policy loss of verl's signature: its clip ranges, log-ratio clamp, dual clip and reductions from its config."""
+BY_SEQUENCE = ("gspo", "sapo")  # whose mode defaults to the mean over sequences
 
-    def build(module: Any) -> Any:
+
+def policy_loss(kind: str) -> Callable[[Any], Any]:
+    """A policy loss of verl's signature: its clip ranges, log-ratio clamp, dual clip and reductions from its config.
+
+    Rollout weights multiply the loss; the statistics are taken without them.
+    """
+
+    def build(like: Any) -> Any:
         def loss(
             old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
-            loss_agg_mode: str = "token-mean", config: Any = None, rollout_is_weights: Tensor | None = None,
+            loss_agg_mode: str = "seq-mean-token-mean" if kind in BY_SEQUENCE else "token-mean", config: Any = None,
+            rollout_is_weights: Tensor | None = None,
         ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
             if config is None:
                 raise ValueError("config: verl's actor config is needed, got None")
@@ -110,25 +120,68 @@ def policy_loss(kind: str) -> Callable[[Any], Any]:
             dp_size, tokens = info.get("dp_size", 1), info.get("batch_num_tokens")
             sequences, scale = info.get("global_batch_size"), info.get("loss_scale_factor")
             check_counts(mode, dp_size, tokens, sequences)
-            if rollout_is_weights is not None:  # they are not negative, and every kind is linear in a positive factor of A
-                advantages = advantages * rollout_is_weights
             width = response_mask.shape[-1]
-            result = ops.policy_loss(
-                log_prob, old_log_prob, advantages, response_mask, kind=kind, reduction=mode, **settings(kind, config),
-                denominator=semantics.denominator(mode, width, dp_size, tokens, sequences, scale),
-            )  # fmt: skip
-            stats = result.stats.to_dict()  # the only wait for the device
-            metrics = {
-                "actor/pg_clipfrac": stats["clip_fraction_low"] + stats["clip_fraction_high"],
-                "actor/ppo_kl": stats["approx_kl_k1"],
-                "actor/pg_clipfrac_lower": stats["dual_clip_fraction"],
+            options = {
+                "kind": kind, "reduction": mode, **settings(kind, config),
+                "denominator": semantics.denominator(mode, width, dp_size, tokens, sequences, scale),
+            }  # fmt: skip
+            # every kind is linear in a factor of A that is not negative, which the weights are
+            weighted = advantages if rollout_is_weights is None else advantages * rollout_is_weights
+            value, stats = ops.policy_loss(log_prob, old_log_prob, weighted, response_mask, **options)
+            value = aggregated(value, mode, width, dp_size, sequences, scale)
+            if kind == "gpg":
+                return value, {}
+            if rollout_is_weights is not None:
+                stats = ops.policy_loss(log_prob.detach(), old_log_prob, advantages, response_mask, **options).stats
+            found = stats.to_dict()  # the only wait for the device
+            return value, {
+                "actor/pg_clipfrac": found["clip_fraction_low"] + found["clip_fraction_high"],
+                "actor/ppo_kl": found["approx_kl_k1"],
+                "actor/pg_clipfrac_lower": found["dual_clip_fraction"],
             }
-            return aggregated(result.loss, mode, width, dp_size, sequences, scale), {} if kind == "gpg" else metrics
 
         loss.__name__ = loss.__qualname__ = f"fastrlhf_{kind}"
         return loss
 
     return build
+
+
+def loss_calls(kind: str) -> Calls:
+    """In every mode; of gspo's gradient where verl's is that of its mean over sequences."""
+
+    def calls(sizes: Sizes) -> Iterator[Call]:
+        make = inputs(Sizes(sizes.rows, sizes.length, device=sizes.device))
+        old, by_row = make.logprobs(), kind == "gspo"
+        new = old + make.batch(0.5)
+
+        def spread() -> Tensor:
+            wide = make.normal(sizes.rows, 1).expand(sizes.rows, sizes.length).contiguous()
+            return wide if by_row else make.batch()
+
+        A, mask, weights = spread(), make.mask(torch.bool), spread().abs()
+        weights[0] = 0
+        if len(mask) > 2:
+            mask[1] = False
+        for mode in MODES:
+            grads = (1,) if not by_row or mode == "seq-mean-token-mean" else ()
+            for name, info in counts():
+                for of, given in (("", {}), (", rollout weights", {"rollout_is_weights": weights})):
+                    options = {"loss_agg_mode": mode, "config": actor_config(**info), **given}
+                    lacks = ValueError if mode == "token-sum" else None  # 0.7, 0.8
+                    yield Call(f"{mode}, {name}{of}", (old, new, A, mask), options, grads=grads, lacks=lacks)
+
+    return calls
+
+
+def actor_config(**info: Any) -> Any:
+    ActorConfig = importlib.import_module("verl.workers.config").ActorConfig
+
+    made = ActorConfig(
+        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.28,
+        clip_ratio_c=3.0, tau_pos=1.0, tau_neg=1.05,
+    )  # fmt: skip
+    made.global_batch_info.update(info)
+    return made
 
 
 def settings(kind: str, config: Any) -> dict[str, Any]:
@@ -151,19 +204,16 @@ def settings(kind: str, config: Any) -> dict[str, Any]:
 
 
 def estimator(kind: str) -> Callable[[Any], Any]:
-    """An advantage estimator of verl's signature for those it gives rewards, mask and group labels."""
+    """An advantage estimator of verl's signature for those it gives rewards, mask, group labels and its algorithm's config."""
 
-    def build(module: Any) -> Any:
+    def build(like: Any) -> Any:
         def advantages(
             token_level_rewards: Tensor, response_mask: Tensor, index: Any = None, config: Any = None, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
             if index is None:
                 raise ValueError("index: the prompt of each answer is needed, got None")
-            scores = token_level_rewards.sum(-1)
-            ids = semantics.group_ids(index, scores.device)
-            lengths = response_mask.sum(-1) if kind == "opo" else None
-            out = ops.group_advantages(scores, ids, kind=kind, lengths=lengths).unsqueeze(-1) * response_mask
-            return out, out
+            which = "dr_grpo" if kind == "grpo" and not by_deviation(config) else kind
+            return grouped(token_level_rewards, response_mask, index, 1e-6, which)
 
         advantages.__name__ = advantages.__qualname__ = f"fastrlhf_{kind}"
         return advantages
@@ -171,13 +221,52 @@ def estimator(kind: str) -> Callable[[Any], Any]:
     return build
 
 
+def by_deviation(config: Any) -> bool:
+    return bool(getattr(config, "norm_adv_by_std_in_grpo", True))
+
+
+def called_as_estimator(scaled: Callable[[Any], bool] | None = None) -> Callable[[Any], Any]:
+    """How verl's own is called with what ours is given; GRPO's is told whether to divide by the deviation."""
+
+    def function(held: Any) -> Any:
+        def call(token_level_rewards: Tensor, response_mask: Tensor, index: Any, config: Any = None) -> Any:
+            told = {} if scaled is None else {"norm_adv_by_std_in_grpo": scaled(config)}
+            return held(token_level_rewards, response_mask, index, config=config, **told)
+
+        return call
+
+    return function
+
+
+def estimator_calls(sizes: Sizes) -> Iterator[Call]:
+    for call in calls(sizes):
+        if len(call.args) == 3:  # without an epsilon of its own, for which verl has no configuration
+            yield call
+            config = types.SimpleNamespace(norm_adv_by_std_in_grpo=False)
+            yield Call(f"{call.name}, not divided by the deviation", call.args, {"config": config}, tolerance=call.tolerance)
+
+
+def loss_entry(kind: str, like: str) -> Entry:
+    registry = "POLICY_LOSS_REGISTRY"
+    return Entry(ALGORITHMS, registry, f"fastrlhf_{kind}", policy_loss(kind), "policy_loss", like, loss_calls(kind))
+
+
+def estimator_entry(kind: str, like: str, scaled: Callable[[Any], bool] | None = None) -> Entry:
+    return Entry(
+        ALGORITHMS, "ADV_ESTIMATOR_REGISTRY", f"fastrlhf_{kind}", estimator(kind), "group_advantages", like, estimator_calls,
+        function=called_as_estimator(scaled),
+    )  # fmt: skip
+
+
 LOSS_ENTRIES: tuple[Entry, ...] = (
-    *(
-        Entry(ALGORITHMS, "POLICY_LOSS_REGISTRY", f"fastrlhf_{kind}", policy_loss(kind), "policy_loss")
-        for kind in ("ppo", "gspo", "cispo", "sapo", "gpg")
+    loss_entry("ppo", "vanilla"),
+    *(loss_entry(kind, kind) for kind in ("gspo", "cispo", "sapo", "gpg")),
+    estimator_entry("grpo", "grpo", by_deviation),
+    estimator_entry("dr_grpo", "grpo", lambda config: False),
+    estimator_entry("rloo", "rloo"),
+    estimator_entry("opo", "opo"),
+    Entry(
+        ALGORITHMS, "ADV_ESTIMATOR_REGISTRY", "fastrlhf_reinforce++", estimator("reinforce++"), "group_advantages",
+        unverified="it is whitened over answers, verl's reinforce_plus_plus_baseline over tokens",
     ),
-    *(
-        Entry(ALGORITHMS, "ADV_ESTIMATOR_REGISTRY", f"fastrlhf_{kind}", estimator(kind), "group_advantages")
-        for kind in ("grpo", "dr_grpo", "rloo", "reinforce++", "opo")
-    ),
-)
+)  # fmt: skip
