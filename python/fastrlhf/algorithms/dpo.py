@@ -110,7 +110,10 @@ class DPO(Supervised[Preference]):
                 denominator=total,
             )  # fmt: skip
             pairs = float(len(members))
-            whole = {"loss": out.loss.detach(), "sft_loss": out.stats.get("sft_loss")}  # of `total` pairs, of which these are some
+            whole = {
+                "loss": out.loss.detach(),
+                "sft_loss": out.stats.get("sft_loss"),
+            }  # of `total` pairs, of which these are some
             named = {"accuracy": "accuracy", "reward_margin": "margin"}
             named |= {f"rewards/{side}": f"{side}_reward" for side in ("chosen", "rejected")}
             found = {name: value * total / pairs for name, value in whole.items()}
@@ -139,7 +142,7 @@ class DPO(Supervised[Preference]):
         return chosen, rejected
 
     def _reference_logprobs(self, batches: Sequence[tuple[list[int], MicroBatch]], pairs: int) -> Tensor | None:
-        """(2, pairs), by side. From the policy's own micro-batches, so that both are the same to the bit before the first step."""
+        """(2, pairs), by side. From the policy's own micro-batches, so that at first both are the same to the bit."""
         if self.reference is None:
             return None
         out = torch.zeros(2, pairs, device=self.device)

@@ -83,7 +83,9 @@ class RewardTraining(Supervised[Preference]):
             group, (_, pack) = members[i], inputs[i]
             ends = hidden[pack.cu_seqlens[1:] - 1]
             chosen, rejected = self.model.of_hidden(ends).split(len(group))
-            margins = None if self.config.loss == "bt" else margins_of([examples[i] for i in group], self.stream, self.config.loss)
+            margins = (
+                None if self.config.loss == "bt" else margins_of([examples[i] for i in group], self.stream, self.config.loss)
+            )
             out = reward_loss(
                 chosen, rejected, None if margins is None else margins.to(self.device), kind=self.config.loss,
                 denominator=float(len(examples)),

@@ -78,9 +78,7 @@ class UpdateConfig:
     loss: PolicyLossConfig = section(PolicyLossConfig, "The policy's loss.")
 
 
-def load_model(
-    config: ModelConfig, seed: int, parallel: Layout | None = None
-) -> tuple[Decoder, torch.device]:
+def load_model(config: ModelConfig, seed: int, parallel: Layout | None = None) -> tuple[Decoder, torch.device]:
     """The decoder a section describes, in training mode, adapters on; this process's part of it."""
     device, dtype, parallel = device_of(config.device), dtype_of(config.dtype), parallel or Layout()
     model = load_decoder(config.path, device=device, dtype=dtype, **parallel.of(config.path))

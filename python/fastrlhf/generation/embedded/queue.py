@@ -19,6 +19,7 @@ from ...parallel.groups import Axis
 from ..engine import Completion
 from .sequence import Share
 
+
 class Expected:
     """How long completions are expected to be: as the last ones of the same prompt were, if it was ever drawn from."""
 
