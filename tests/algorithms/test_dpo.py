@@ -140,7 +140,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(model_dir: str, pairs_fi
     [
         (["--loss.kind", "cdpo"], r"loss\.label_smoothing: expected > 0 for cdpo, got 0"),
         (["--loss.label_smoothing", "0.5"], r"loss\.label_smoothing: expected < 0\.5, got 0\.5"),
-        (["--loss.kind", "orpo", "--loss.average", "false"], r"loss\.average: orpo is defined for log-probs by token, got false"),
+        (
+            ["--loss.kind", "orpo", "--loss.average", "false"],
+            r"loss\.average: orpo is defined for log-probs by token, got false",
+        ),
         (["--loss.kind", "kto"], r"loss\.kind: expected one of"),
     ],
 )

@@ -187,7 +187,9 @@ def pairs(model: str, data: dict[str, str], options: dict[str, Any]) -> list[dic
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_grpo_reward_models_and_dpo_are_those_of_one_process(files: tuple[str, dict[str, str]], world: int, tmp_path: Path) -> None:
+def test_grpo_reward_models_and_dpo_are_those_of_one_process(
+    files: tuple[str, dict[str, str]], world: int, tmp_path: Path
+) -> None:
     model, data = files
     save_scalar_model(load_scalar_model(model, seed=5), tmp_path / "rm", tokenizer=load_tokenizer(model))
     data = data | {"reward model": str(tmp_path / "rm")}

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from fastrlhf.cli.main import main
+from fastrlhf.generation import EmbeddedEngine
 from fastrlhf.models import Decoder, DecoderConfig, Packed, token_logprobs
 from fastrlhf.parallel import ParallelGroups, Stages
 from fastrlhf.training.batches import own_groups
 from fastrlhf.training.optim import Optimizer, OptimizerConfig, trainable
 from fastrlhf.training.passes import run
-from fastrlhf.training.plan import GPUS, Job, Plan, layouts, memory_of_rank, peak_of, plans, weights_of_rank
+from fastrlhf.training.plan import GPUS, Job, Plan, cache_of, layouts, memory_of_rank, peak_of, plan, plans, weights_of_rank
 from fastrlhf.training.proof import covers_once, part, proof
 
 from ..parallel.processes import spawn
@@ -145,6 +146,46 @@ def test_a_larger_gpu_fits_more() -> None:
     assert fit["h100"] < fit["h200"] and (8, 4, 2) in fit["h100"]
 
 
+LLAMA_3_8B: dict[str, Any] = LLAMA_3_70B | {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+}  # fmt: skip
+
+
+def test_a_step_generates_no_more_at_once_than_its_cache_holds() -> None:
+    c = DecoderConfig.from_hf(LLAMA_3_8B)
+    small = cache_of(c, Stages(32), 1, 8, Job())
+    large = cache_of(c, Stages(32), 1, 8, Job(cache_tokens=64 * 1040))
+    assert small.bytes <= 2**31 and (small.batch, large.batch) == (16, 64)
+    slow, quick = (plan(c, 1, 1, 8, GPUS["h100"], job) for job in (Job(), Job(cache_tokens=64 * 1040)))
+    assert slow.seconds > quick.seconds + 2 and slow.peak < quick.peak
+
+
+@pytest.mark.parametrize("cache_tokens", [None, 100])
+def test_the_cache_is_the_engines(cache_tokens: int | None) -> None:
+    c = DecoderConfig.from_hf(SMALL)
+    job = Job(completions=24, prompt_tokens=20, completion_tokens=13, itemsize=4, max_sequences=5, cache_tokens=cache_tokens)
+    engine = EmbeddedEngine(Decoder(c), max_sequences=5, cache_tokens=cache_tokens)
+    engine._ensure_cache(33, 24)
+    assert engine._cache is not None
+    made = sum(t.nbytes for layer in engine._cache.layers.values() for t in layer)
+    assert (made, {None: 5, 100: 2}[cache_tokens]) == cache_of(c, Stages(6), 1, 1, job)
+
+
+def test_a_plan_has_the_reward_models_the_minibatches_and_the_epochs() -> None:
+    c = DecoderConfig.from_hf(LLAMA_3_8B)
+    plain = plan(c, 2, 4, 1, GPUS["h200"], Job())
+    rewarded = plan(c, 2, 4, 1, GPUS["h200"], Job(rewards=(c, c)))
+    more = [2 * 2 * weights_of_rank(c, Stages(32, 4), r, 2, head=False).total for r in range(4)]
+    assert rewarded.memory["weights"] - plain.memory["weights"] in more
+    assert rewarded.seconds > plain.seconds and rewarded.bubble == plain.bubble
+    often = plan(c, 2, 4, 1, GPUS["h200"], Job(minibatch=32))
+    assert often.bubble == pytest.approx(3 / 7) and often.seconds > plain.seconds  # four micro-batches of 8192 tokens
+    twice = plan(c, 2, 4, 1, GPUS["h200"], Job(minibatch=32, epochs=2))
+    assert twice.seconds > 1.3 * often.seconds and twice.bubble == often.bubble
+    other = DecoderConfig.from_hf(SMALL | {"vocab_size": 128256})  # six layers, two key-value heads
+    assert {(tp, pp) for tp, pp, _ in layouts(c, 8, rewards=[other])} == {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)}
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     assert main(["plan", "--model", str(tmp_path), "--gpus", "4", "--json"]) == 0
@@ -155,3 +196,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["plan", "--model", str(tmp_path), "--gpus", "4", "--prove", "2x2x2"]) == 2
     assert "2 x 2 x 2 is 8, not the 4" in capsys.readouterr().err
     assert main(["plan", "--model", str(tmp_path / "nothing.json"), "--gpus", "4"]) == 2
+    capsys.readouterr()
+    more = ["--reward-models", "1", "--reward-model", str(tmp_path), "--minibatch-size", "64", "--epochs", "2"]
+    assert main(["plan", "--model", str(tmp_path), "--gpus", "4", *more]) == 0
+    assert "tokens a step, 16 updates, 2 reward model(s)." in capsys.readouterr().out
+    assert main(["plan", "--model", str(tmp_path), "--gpus", "4", "--cache-tokens", "500"]) == 2
+    assert "--cache-tokens: 500 do not hold a sequence of 1024 tokens" in capsys.readouterr().err
