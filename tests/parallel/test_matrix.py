@@ -132,7 +132,7 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_step_of_sft_is_that_of_one_process(files: tuple[str, dict[str, str]], world: int) -> None:
-    """In float32 to 1e-5; bfloat16 is no farther from that than in one process, or half as far again."""
+    """In float32 to 1e-5; bfloat16 is as far from that as in one process, or four times as far."""
     model, data = files
     layouts = {name: options for name, (size, options) in LAYOUTS.items() if size == world}
     if world == 2:
@@ -146,7 +146,7 @@ def test_a_step_of_sft_is_that_of_one_process(files: tuple[str, dict[str, str]],
     for name, step in zip([*layouts, *coarse], found, strict=True):
         exact = next(iter(step.weights.values())).dtype == torch.float32
         for what, far in farthest(step, expected).items():
-            assert far < (1e-5 if exact else 1.5 * bounds[what]), (name, what, far, bounds)
+            assert far < (1e-5 if exact else 4 * bounds[what]), (name, what, far, bounds)
 
 
 def ppo(model: str, data: dict[str, str], options: dict[str, Any], *more: str) -> PPO:
