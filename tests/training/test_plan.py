@@ -8,17 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+from fastrlhf.algorithms.grpo import GroupRelative, GRPOConfig
+from fastrlhf.algorithms.ppo import PPO, PPOConfig
 from fastrlhf.cli.main import main
+from fastrlhf.config import load
+from fastrlhf.data import load_tokenizer
 from fastrlhf.generation import EmbeddedEngine
-from fastrlhf.models import Decoder, DecoderConfig, Packed, token_logprobs
+from fastrlhf.models import Decoder, DecoderConfig, Packed, load_scalar_model, read_config, save_scalar_model, token_logprobs
 from fastrlhf.parallel import ParallelGroups, Stages
 from fastrlhf.training.batches import own_groups
 from fastrlhf.training.optim import Optimizer, OptimizerConfig, trainable
 from fastrlhf.training.passes import run
 from fastrlhf.training.plan import GPUS, Job, Plan, cache_of, layouts, memory_of_rank, peak_of, plan, plans, weights_of_rank
+from fastrlhf.training.progress import Silent
 from fastrlhf.training.proof import covers_once, part, proof
 
-from ..parallel.processes import spawn
+from ..parallel.processes import make_model, parallel_words, spawn
+from ..trainer import write
 from .live import Live
 
 SMALL: dict[str, Any] = {
@@ -88,6 +94,89 @@ def test_memory_of_one_process(config: dict[str, Any], itemsize: int, tokens: in
 def test_memory_of_several_processes(tp: int, pp: int, dp: int, checkpointing: bool) -> None:
     for took, planned in spawn(tp * pp * dp, measured, tp, pp, sft(checkpointing=checkpointing, completions=32), SMALL):
         assert planned == pytest.approx(took, rel=0.1), (took, planned)
+
+
+def measured_rl(
+    rank: int, files: dict[str, str], cases: list[tuple[Job, dict[str, Any]]]
+) -> list[tuple[int, float]]:  # fmt: skip
+    """As `measured`, of two steps of on-policy training with all that it holds; completions are of full length."""
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            EmbeddedEngine, "_ends", lambda _, sequence, __: "length" if sequence.drawn >= sequence.sampling.max_tokens else ""
+        )
+        return [_measured_rl(files, job, options) for job, options in cases]
+
+
+def _measured_rl(files: dict[str, str], job: Job, options: dict[str, Any]) -> tuple[int, float]:
+    rewards = [{"function": "tests.trainer:letters"}, *({"model": files["reward model"]} for _ in job.rewards)]
+    pieces = [
+        ("micro_batch_tokens", str(job.micro_batch_tokens)), ("minibatch_size", str(job.minibatch or job.completions)),
+        ("epochs", str(job.epochs)),
+    ]  # fmt: skip
+    words = [
+        "--run.directory", "unused", "--model.path", files["model"], "--model.dtype", "bfloat16", "--data.path", files["prompts"],
+        "--data.max_prompt_tokens", "64", "--rewards", json.dumps(rewards), "--steps", "2", "--prompts_per_step", str(job.completions // 4),
+        "--completions_per_prompt", "4", "--sampling.max_tokens", str(job.completion_tokens), "--kl.coef", "0.1",
+        "--model.checkpoint_activations", str(job.checkpointing), *parallel_words(options | {"reshard": job.reshard}),
+        *(word for name, value in pieces for word in (f"--update.{name}", value)),
+    ]  # fmt: skip
+    with Live() as live:
+        algorithm: PPO | GroupRelative
+        if job.algorithm == "ppo":
+            words += [word for name, value in pieces for word in (f"--critic.{name}", value)]
+            words += ["--critic.checkpoint_activations", str(job.checkpointing)]
+            algorithm = PPO(load(PPOConfig, None, words))
+        else:
+            algorithm = GroupRelative(load(GRPOConfig, None, words))
+        live.peak = live.now
+        for step in (1, 2):
+            algorithm.step(step, Silent())
+    c, groups = algorithm.policy.model.config, algorithm.groups
+    stages = Stages(c.num_hidden_layers, groups.pp.size)
+    return live.peak, peak_of(memory_of_rank(c, stages, groups.pp.rank, groups.tp.size, groups.dp.size, job))
+
+
+@pytest.fixture(scope="module")
+def rl_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    pytest.importorskip("transformers")
+    directory = tmp_path_factory.mktemp("rl")
+    kind = {name: value for name, value in SMALL.items() if name != "vocab_size"}
+    model = make_model(directory / "model", kind, layers=6)
+    save_scalar_model(load_scalar_model(model, seed=5), directory / "rm", tokenizer=load_tokenizer(model))
+    prompts = write(directory / "prompts.jsonl", [{"prompt": "red" + " blue" * 31}] * 16)
+    return {"model": model, "reward model": str(directory / "rm"), "prompts": prompts}
+
+
+def rl(algorithm: str, **options: Any) -> Job:
+    given: dict[str, Any] = {
+        "completions": 16, "prompt_tokens": 32, "completion_tokens": 24, "micro_batch_tokens": 256, "gloo": True,
+        "checkpointing": False,
+    }  # fmt: skip
+    return Job(algorithm, **(given | options))
+
+
+@pytest.mark.slow
+def test_memory_of_on_policy_training(rl_files: dict[str, str]) -> None:
+    rewards = (read_config(rl_files["model"]),)
+    jobs = [
+        rl("ppo"),
+        rl("grpo", checkpointing=True),
+        rl("ppo", rewards=rewards, minibatch=1, micro_batch_tokens=1024, epochs=2),
+    ]
+    for job, (took, planned) in zip(jobs, measured_rl(0, rl_files, [(job, {}) for job in jobs]), strict=True):
+        assert planned == pytest.approx(took, rel=0.1), (job, took, planned)
+
+
+@pytest.mark.slow
+def test_memory_of_on_policy_training_over_processes(rl_files: dict[str, str]) -> None:
+    cases: list[tuple[Job, dict[str, Any]]] = [
+        (rl("ppo"), {"pp": 2}), (rl("ppo", reshard=False), {"pp": 2}), (rl("grpo"), {"pp": 2}),
+        (rl("grpo", reshard=False), {"pp": 2}), (rl("ppo"), {"tp": 2}), (rl("grpo"), {}),
+    ]  # fmt: skip
+    for found in spawn(2, measured_rl, rl_files, cases):
+        for (job, options), (took, planned) in zip(cases, found, strict=True):
+            assert planned == pytest.approx(took, rel=0.1), (job, options, took, planned)
 
 
 @pytest.mark.parametrize("config", [SMALL, QWEN, SMALL | {"model_type": "qwen2"}], ids=["llama", "qwen3 tied", "qwen2"])

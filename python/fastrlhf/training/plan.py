@@ -223,7 +223,7 @@ def memory_of_rank(c: DecoderConfig, stages: Stages, rank: int, tp: int, dp: int
     weights: of all models, in the dtype of the weights. optimizer: float32 copies and two moments of the rows that this dp
     rank steps. gradients: float32, of the one model that learns at a time. buffers: of the exchange between dp ranks and of
     the largest gradient before it is added. activations: what the micro-batches in flight keep. engine: the key-value cache.
-    refit: the other stages' weights while a pipeline generates.
+    refit: the other stages' weights while a pipeline generates. scoring: a micro-batch through a model without a backward.
     """
     s, pp = job.itemsize, stages.pp
     policy = weights_of_rank(c, stages, rank, tp)
@@ -247,6 +247,7 @@ def memory_of_rank(c: DecoderConfig, stages: Stages, rank: int, tp: int, dp: int
         "buffers": float(max(exchange, raw)),
         "activations": activations(c, stages, rank, tp, dp, job),
         "engine": cache_of(c, stages, tp, dp, job).bytes if job.generates else 0.0,
+        "scoring": scoring(c, tp, dp, pp, job),
         "refit": float(s * max(whole - policy.total, 0)) if job.generates and pp > 1 and job.reshard else 0.0,
     }
 
@@ -255,7 +256,7 @@ def peak_of(memory: dict[str, float]) -> float:
     """Training, the optimizer's step and generation do not happen at once; the cache stays."""
     always = memory["weights"] + memory["optimizer"] + memory["engine"]
     training = memory["gradients"] + memory["activations"]
-    return always + max(training, memory["gradients"] + memory["buffers"], memory["refit"])
+    return always + max(training, memory["gradients"] + memory["buffers"], memory["scoring"], memory["refit"])
 
 
 def layer_bytes(c: DecoderConfig, tp: int, s: int, rows_shared: bool) -> float:
@@ -296,6 +297,15 @@ def activations(c: DecoderConfig, stages: Stages, rank: int, tp: int, dp: int, j
         space = 0.0 if job.gloo else min(WORKSPACE, rows * width * 4)
         head = space + width * h * 4 + rows * 2 * h * s + tokens * 2 * h * s  # the weight's gradient is float32
     return kept + max(working, head)  # the head is done when the layers' turn comes
+
+
+def scoring(c: DecoderConfig, tp: int, dp: int, pp: int, job: Job) -> float:
+    """A layer's widest place, without what a backward would keep, for a micro-batch of the whole rollout."""
+    if not job.generates:
+        return 0.0
+    sequences = math.ceil(math.ceil(job.completions / dp) / micro_batches(job, pp, dp))
+    widest = max(4 * m.intermediate_size / tp + 4 * m.hidden_size for m in (c, *job.rewards))
+    return widest * job.itemsize * sequences * job.context
 
 
 def _in_flight(pp: int, interleave: int, batches: int, rank: int) -> int:
