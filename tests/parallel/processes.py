@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from fastrlhf.cli import train
 from fastrlhf.cli.console import Console
 from fastrlhf.data import train_tokenizer
 from fastrlhf.models import Decoder, DecoderConfig, save_decoder
-from fastrlhf.training import loop, policy
+from fastrlhf.training import loop
 from fastrlhf.training.progress import Silent
 
 from ..trainer import WORDS, write
@@ -153,7 +154,7 @@ def _die_at(step: int, phase: str, how: str) -> None:
         os.kill(os.getpid(), getattr(signal, how))
 
     if phase == "start":
-        policy.load_decoder = die
+        train.prepare = die
     if phase == "report":
         loop.write_report = die
 

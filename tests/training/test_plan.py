@@ -162,7 +162,7 @@ def test_memory_of_on_policy_training(rl_files: dict[str, str]) -> None:
     jobs = [
         rl("ppo"),
         rl("grpo", checkpointing=True),
-        rl("ppo", rewards=rewards, minibatch=1, micro_batch_tokens=1024, epochs=2),
+        rl("ppo", rewards=rewards, minibatch=2, micro_batch_tokens=1024),
     ]
     for job, (took, planned) in zip(jobs, measured_rl(0, rl_files, [(job, {}) for job in jobs]), strict=True):
         assert planned == pytest.approx(took, rel=0.1), (job, took, planned)
