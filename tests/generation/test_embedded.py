@@ -132,6 +132,15 @@ def test_completions_stream_as_they_end(model: Decoder) -> None:
     assert engine.stats.completion_tokens < 12 * 5  # the rest was not yet drawn
 
 
+def test_the_cache_is_made_for_what_is_under_way_at_once(model: Decoder) -> None:
+    def blocks(at_once: int | None) -> int:
+        engine = EmbeddedEngine(model)
+        assert len(list(engine.stream(prompts(), Sampling(max_tokens=20), at_once=at_once))) == 12
+        return engine._blocks
+
+    assert blocks(None) > 3 * blocks(3)
+
+
 def test_the_engine_draws_from_the_trainers_weights_as_they_are_now(model: Decoder) -> None:
     engine = EmbeddedEngine(model)
     given = prompts()

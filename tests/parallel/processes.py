@@ -11,12 +11,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from fastrlhf.cli import train
 from fastrlhf.cli.console import Console
 from fastrlhf.data import train_tokenizer
 from fastrlhf.models import Decoder, DecoderConfig, save_decoder
@@ -27,7 +29,7 @@ from ..trainer import WORDS, write
 
 PRELOAD = ["fastrlhf.algorithms.ppo", "fastrlhf.cli.train", "transformers"]  # imported once, not once a process
 
-LLAMA: dict[str, Any] = {"model_type": "llama"}
+LLAMA: dict[str, Any] = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
 QWEN: dict[str, Any] = {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 8}
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "tp2": (2, {"tp": 2}),
@@ -69,17 +71,21 @@ def parallel_words(options: dict[str, Any]) -> list[str]:
     return [word for name, value in options.items() for word in (f"--parallel.{name}", str(value))]
 
 
-def spawn(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `work(rank, *arguments)` returns in each of so many processes."""
+def spawn(world: int, work: Callable[..., Any], *arguments: Any, timeout: float = 600) -> list[Any]:
+    """What `work(rank, *arguments)` returns in each of so many processes. `timeout`: seconds of an exchange among them."""
     with tempfile.TemporaryDirectory() as directory:
         multiprocessing.set_forkserver_preload(PRELOAD)
-        mp.start_processes(_work, (world, directory, work, arguments), nprocs=world, start_method="forkserver")
+        mp.start_processes(_work, (world, directory, work, arguments, timeout), nprocs=world, start_method="forkserver")
         return [torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _work(rank: int, world: int, directory: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _work(
+    rank: int, world: int, directory: str, work: Callable[..., Any], arguments: tuple[Any, ...], timeout: float
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+    )
     torch.save(work(rank, *arguments), f"{directory}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -92,7 +98,8 @@ def launch(
 
     Args:
         kill: (rank, step, phase, how): what becomes of a process when it comes to that phase of that step: "SIGKILL",
-            "SIGSTOP" (it stays, and does nothing more), or "raise", an error of its own.
+            "SIGSTOP" (it stays, and does nothing more), or "raise", an error of its own. "start" and "report" are before the
+            first step and after the last.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -141,6 +148,16 @@ def _die_at(step: int, phase: str, how: str) -> None:
     at = 0
     silent, advance = Silent.phase, loop.rng_tensors
 
+    def die(*_: Any, **__: Any) -> Any:
+        if how == "raise":
+            raise RuntimeError("an error of its own")
+        os.kill(os.getpid(), getattr(signal, how))
+
+    if phase == "start":
+        train.prepare = die
+    if phase == "report":
+        loop.write_report = die
+
     def count() -> dict[str, torch.Tensor]:  # called before each step
         nonlocal at
         at += 1
@@ -149,9 +166,7 @@ def _die_at(step: int, phase: str, how: str) -> None:
     @contextmanager
     def watched(self: Silent, name: str, total: float | None = None) -> Iterator[Any]:
         if at >= step and name == phase:
-            if how == "raise":
-                raise RuntimeError("an error of its own")
-            os.kill(os.getpid(), getattr(signal, how))
+            die()
         with silent(self, name, total) as inner:
             yield inner
 

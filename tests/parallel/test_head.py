@@ -44,8 +44,11 @@ def head(rank: int) -> dict[str, object]:
         out["forward"], sent.calls = sent.calls, []
         (found.logprobs.sum() + found.entropy.sum()).backward()
         out["backward"], sent.calls = sent.calls, []
-        token_logprobs(model, hidden, labels, entropy=True)
-        out["token_logprobs"] = sent.calls
+        fused = token_logprobs(model, hidden, labels, entropy=True)
+        out["fused forward"], sent.calls = sent.calls, []
+        assert fused.entropy is not None
+        (fused.logprobs.sum() + fused.entropy.sum()).backward()
+        out["fused backward"], sent.calls = sent.calls, []
         dist.all_reduce(torch.zeros(3))
         out["is counted"] = sent.calls[-1]
     assert weight.grad is not None
@@ -56,5 +59,6 @@ def test_sixteen_bytes_a_row_and_nothing_back() -> None:
     for found in spawn(2, head):
         assert [size for _, size in found["forward"]] == [16 * ROWS], found
         assert found["backward"] == []
-        assert [size for _, size in found["token_logprobs"]][:1] == [16 * ROWS]
+        assert [size for _, size in found["fused forward"]] == [16 * ROWS], found
+        assert found["fused backward"] == []
         assert found["is counted"][1] == 12

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.distributed as dist
 from fastrlhf.parallel import Stages
-from fastrlhf.parallel.pipeline import Action, bubble, links, makespan, schedule
+from fastrlhf.parallel.pipeline import Action, apart, bubble, links, makespan, schedule
 from fastrlhf.training.layout import Layout, ParallelConfig
 
 from .processes import spawn
@@ -35,6 +37,51 @@ def test_neighbours_send_and_receive_in_one_order(pp: int, interleave: int, batc
     if interleave > 1 and batches:  # the way around: what the last rank sends of chunk c the first takes into c + 1
         sent = [(a.batch, a.chunk + 1) for a in plan[-1] if a.forward and a.chunk < interleave - 1]
         assert sent == [(a.batch, a.chunk) for a in plan[0] if a.forward and a.chunk]
+
+
+def rests_on(plan: Sequence[Sequence[Action]], interleave: int) -> dict[tuple[bool, int, int], set[tuple[bool, int, int]]]:
+    """Of every action, by stage, those that must be done before it."""
+    last = len(plan) * interleave - 1
+    found: dict[tuple[bool, int, int], set[tuple[bool, int, int]]] = {}
+
+    def of(rank: int, k: int) -> set[tuple[bool, int, int]]:
+        action = plan[rank][k]
+        stage = action.chunk * len(plan) + rank
+        key = (action.forward, action.batch, stage)
+        if key not in found:
+            found[key] = set()
+            before = [(rank, k - 1)] if k else []
+            source = stage + (-1 if action.forward else 1)
+            if 0 <= source <= last:
+                wanted = Action(action.forward, action.batch, source // len(plan))
+                before.append((source % len(plan), plan[source % len(plan)].index(wanted)))
+            for r, i in before:
+                a = plan[r][i]
+                found[key] |= of(r, i) | {(a.forward, a.batch, a.chunk * len(plan) + r)}
+        return found[key]
+
+    for rank, actions in enumerate(plan):
+        for k in range(len(actions)):
+            of(rank, k)
+    return found
+
+
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize(("pp", "interleave", "batches"), [s for s in SHAPES if s[0] <= 4 and s[2] <= 8])
+def test_no_receive_is_posted_before_what_it_waits_for(pp: int, interleave: int, batches: int, backward: bool) -> None:
+    plan = schedule(pp, interleave, batches, backward)
+    before = rests_on(plan, interleave)
+    for rank, (actions, early) in enumerate(zip(plan, apart(pp, interleave, batches, backward), strict=True)):
+        assert len(early) == max(len(actions), 1)
+        for k, action in enumerate(actions[:-1]):
+            coming = actions[k + 1]
+            source = coming.chunk * pp + rank + (-1 if coming.forward else 1)
+            if 0 <= source < pp * interleave:
+                this = (action.forward, action.batch, action.chunk * pp + rank)
+                wanted = (coming.forward, coming.batch, source)
+                assert early[k] is (this != wanted and this not in before[wanted]), (rank, k)
+    if interleave == 1 and batches >= 2 * pp:  # most of them do come in early
+        assert all(sum(early) > len(early) // 3 for early in apart(pp, interleave, batches, backward)[1:])
 
 
 @pytest.mark.parametrize(("pp", "interleave"), [(2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (8, 3)])

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fastrlhf.cli.main import main
+from fastrlhf.models import export, load_decoder, save_decoder
+from fastrlhf.training.layout import Layout, ParallelConfig
 
-from .processes import LAYOUTS, QWEN, launch, make_data, make_model, parallel_words
+from .processes import LAYOUTS, QWEN, launch, make_data, make_model, parallel_words, spawn
 
 pytest.importorskip("transformers")
 PHASES = (
     "generate", "score", "logprobs", "reference", "values", "policy", "critic", "save", "export",
 )  # fmt: skip
+KILLS = [
+    *((phase, "dp2" if i % 2 else "tp2", victim) for i, phase in enumerate(PHASES) for victim in (0, 1)),
+    *((phase, "pp2", 1) for phase in ("generate", "save", "export")),
+    ("start", "pp2", 0), ("start", "tp2", 1), ("report", "dp2", 0),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +78,11 @@ def alone(files: tuple[str, dict[str, str]], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_under_any_other_layout(files: tuple[str, dict[str, str]], alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layouts", [["tp2 pp2", "dp2", "tp4", "one"], ["tp2 pp2", "tp4"]], ids=" to ".join)
+def test_a_run_goes_on_under_any_other_layout(
+    files: tuple[str, dict[str, str]], alone: Path, tmp_path: Path, layouts: list[str]
+) -> None:
     # a time limit of nothing stops a run after each step
-    layouts = ["tp2 pp2", "dp2", "tp4", "one"]
     for layout in layouts:
         more = ["--run.time_limit", "0"] if layout != layouts[-1] else []
         run(files, tmp_path / "run", layout, "--run.resume", "auto", *more)
@@ -131,16 +142,58 @@ def test_a_process_that_dies_is_named_by_all_others(files: tuple[str, dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_kill_in_any_phase(files: tuple[str, dict[str, str]], alone: Path, tmp_path: Path, phase: str, victim: int) -> None:
-    killed_then_resumed(files, alone, tmp_path, "dp2" if PHASES.index(phase) % 2 else "tp2", victim, phase)
+@pytest.mark.parametrize(("phase", "layout", "victim"), KILLS)
+def test_a_kill_in_any_phase(
+    files: tuple[str, dict[str, str]], alone: Path, tmp_path: Path, phase: str, layout: str, victim: int
+) -> None:
+    killed_then_resumed(files, alone, tmp_path, layout, victim, phase)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["SIGSTOP", "raise"])
-def test_a_process_that_stops_or_fails_alone(files: tuple[str, dict[str, str]], alone: Path, tmp_path: Path, how: str) -> None:
-    killed_then_resumed(files, alone, tmp_path, "dp2", 1, "policy", how)
+@pytest.mark.parametrize(
+    ("how", "phase", "victim"),
+    [("SIGSTOP", "policy", 1), ("raise", "policy", 1), ("raise", "start", 1), ("raise", "report", 0)],
+)
+def test_a_process_that_stops_or_fails_alone(
+    files: tuple[str, dict[str, str]], alone: Path, tmp_path: Path, how: str, phase: str, victim: int
+) -> None:
+    killed_then_resumed(files, alone, tmp_path, "dp2", victim, phase, how)
+
+
+def slow_export(rank: int, model: str, directory: str) -> float:
+    """Seconds that an export takes whose every file takes longer than an exchange may."""
+    layout = Layout.create(ParallelConfig(timeout=2))
+    decoder = load_decoder(model, **layout.of(model))
+    write = export._write
+
+    def slowly(held: dict[str, torch.Tensor], file: Path) -> None:
+        time.sleep(3)
+        write(held, file)
+
+    export._write = slowly
+    begun = time.monotonic()
+    save_decoder(decoder, directory, max_shard_bytes=60_000)
+    return time.monotonic() - begun
+
+
+def test_an_export_takes_longer_than_an_exchange(files: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    took = spawn(2, slow_export, files[0], str(tmp_path / "out"), timeout=2)
+    written = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert len(written) >= 2 and min(took) >= 3 * len(written)
+
+
+def no_room(rank: int, model: str, directory: str) -> str:
+    layout = Layout.create(ParallelConfig())
+    decoder = load_decoder(model, **layout.of(model))
+    Path(directory).touch()  # a file where the directory is to be
+    with pytest.raises(OSError) as error:
+        save_decoder(decoder, directory)
+    return str(error.value)
+
+
+def test_an_export_that_fails_fails_everywhere(files: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    first, second = spawn(2, no_room, files[0], str(tmp_path / "out"))
+    assert first == second and "out" in first
 
 
 def test_an_error_of_a_reward_is_everyones(files: tuple[str, dict[str, str]], tmp_path: Path) -> None:

@@ -52,7 +52,6 @@ def test_training_goes_on_bitwise(kind, reverse, tmp_path):
     first = model(0)
     opt = optimizer(first, kind)
     train(first, opt, 3, 1)
-    opt.param_groups[1]["lr"] = 0.003
     tensors, state = optimizer_tensors(opt, dict(first.named_parameters()))
     path = Checkpoints(tmp_path).save(3, {"policy": first.state_dict(), "optimizer": tensors}, {"optimizer": state})
     train(first, opt, 3, 2)
@@ -62,7 +61,6 @@ def test_training_goes_on_bitwise(kind, reverse, tmp_path):
     load_into(second, loaded["policy"], "policy")
     other = optimizer(second, kind, reverse)
     load_optimizer(other, dict(second.named_parameters()), loaded["optimizer"], states["optimizer"])
-    assert other.param_groups[1]["lr"] == 0.003 and type(other.param_groups[0].get("betas", ())) is tuple
     train(second, other, 3, 2)
     assert weights(second) == weights(first)
 
@@ -104,15 +102,13 @@ def test_state_keeps_its_dtype():
     assert opt.state[next(m.parameters())]["exp_avg"].data_ptr() != tensors["0.weight.exp_avg"].data_ptr()
 
 
-def test_a_tensor_learning_rate_stays_one():
+def test_options_are_those_of_the_optimizer_that_goes_on():
     m = model(0)
-    opt = torch.optim.AdamW(m.parameters(), lr=torch.tensor(0.5))
-    tensors, state = optimizer_tensors(opt, dict(m.named_parameters()))
-    assert state["groups"][0]["options"]["lr"] == 0.5
-    lr = opt.param_groups[0]["lr"]
-    lr.fill_(0.1)
+    tensors, state = optimizer_tensors(torch.optim.AdamW(m.parameters(), lr=0.5, weight_decay=0.1), dict(m.named_parameters()))
+    opt = torch.optim.AdamW(m.parameters(), lr=0.1, betas=(0.8, 0.9))
+    before = {k: v for k, v in opt.param_groups[0].items() if k != "params"}
     load_optimizer(opt, dict(m.named_parameters()), tensors, state)
-    assert opt.param_groups[0]["lr"] is lr and lr.item() == 0.5
+    assert before == {k: v for k, v in opt.param_groups[0].items() if k != "params"}
 
 
 def test_another_shape_is_refused_before_anything_changes():

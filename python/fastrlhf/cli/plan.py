@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..models import DecoderConfig
+from ..ops.paged_attention import BLOCK
 from ..training.plan import GPUS, Job, Plan, plans
 from ..training.proof import proof
 
@@ -23,7 +24,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--completion-tokens", type=int, default=512)
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
+    parser.add_argument("--minibatch-size", type=int, help="sequences of an optimizer's step; all of them where not given")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the sequences of a step")
     parser.add_argument("--max-sequences", type=int, default=256, help="in a replica's generation batch")
+    parser.add_argument("--cache-tokens", type=int, help="positions of the engine's cache; where not given what a step needs, "
+                        "2 GiB at most")  # fmt: skip
+    parser.add_argument("--reward-models", type=int, default=0, help="how many score completions, of the model's size")
+    parser.add_argument("--reward-model", type=Path, action="append", default=[], help="config.json of one of another size")
     parser.add_argument("--interleave", type=int, default=1, help="chunks of layers a pipeline process has")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep activations instead of computing them again")
     parser.add_argument("--all", action="store_true", help="also the layouts that do not fit")
@@ -31,16 +38,26 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(list(argv))
     config = _read(options.model)
-    if options.gpus < 1:
-        raise UserError(f"--gpus: expected >= 1, got {options.gpus}")
+    positive = ("gpus", "completions", "prompt_tokens", "completion_tokens", "micro_batch_tokens", "minibatch_size", "epochs",
+                "max_sequences", "interleave")  # fmt: skip
+    for name in positive:
+        if (given := getattr(options, name)) is not None and given < 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected >= 1, got {given}")
     if options.prove:
         print(proof(config, *_sizes(options.prove, options.gpus), interleave=options.interleave))
         return 0
+    rewards = [config] * options.reward_models + [_read(path, "--reward-model") for path in options.reward_model]
     job = Job(
         algorithm=options.algorithm, completions=options.completions, prompt_tokens=options.prompt_tokens,
         completion_tokens=options.completion_tokens, micro_batch_tokens=options.micro_batch_tokens,
-        max_sequences=options.max_sequences, checkpointing=not options.no_checkpointing, interleave=options.interleave,
+        minibatch=options.minibatch_size and min(options.minibatch_size, options.completions), epochs=options.epochs,
+        max_sequences=options.max_sequences, cache_tokens=options.cache_tokens, rewards=tuple(rewards),
+        checkpointing=not options.no_checkpointing, interleave=options.interleave,
     )  # fmt: skip
+    if job.cache_tokens is not None and job.cache_tokens < job.context + BLOCK:
+        raise UserError(f"--cache-tokens: {job.cache_tokens} do not hold a sequence of {job.context} tokens")
+    if job.rewards and not job.generates:
+        raise UserError(f"--reward-models: {job.algorithm} has none")
     found = plans(config, options.gpus, GPUS[options.gpu], job)
     shown = found if options.all else [p for p in found if p.fits]
     if options.json:
@@ -54,7 +71,7 @@ def render(config: DecoderConfig, gpus: int, gpu: str, job: Job, shown: list[Pla
     title = (
         f"{config.model_type}, {Plan.parameters(config) / 1e9:.1f}e9 weights, {job.algorithm} on {gpus} x {gpu} "
         f"({GPUS[gpu].memory / 2**30:.0f} GiB); {job.completions} sequences of {job.prompt_tokens} + {job.completion_tokens} "
-        "tokens a step. Computed, not measured: see docs/scaling.md."
+        f"tokens a step{_extras(job)}. Computed, not measured: see docs/scaling.md."
     )
     if not shown:
         return f"{title}\nnone of the {count} legal layouts fits; --all shows them"
@@ -70,12 +87,17 @@ def render(config: DecoderConfig, gpus: int, gpu: str, job: Job, shown: list[Pla
     return "\n".join([title, "GiB a process:", *lines])
 
 
-def _read(path: Path) -> DecoderConfig:
+def _extras(job: Job) -> str:
+    updates = f", {job.updates} updates" if job.updates > 1 else ""
+    return updates + (f", {len(job.rewards)} reward model(s)" if job.rewards else "")
+
+
+def _read(path: Path, option: str = "--model") -> DecoderConfig:
     file = path / "config.json" if path.is_dir() else path
     try:
         return DecoderConfig.from_hf(json.loads(file.read_text()))
     except (OSError, ValueError) as error:
-        raise UserError(f"--model: {file}: {error}") from None
+        raise UserError(f"{option}: {file}: {error}") from None
 
 
 def _sizes(text: str, gpus: int) -> tuple[int, int, int]:

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from ..config import ConfigError
 from ..parallel.groups import coordinates
 from ..parallel.launch import rank, start
-from ..parallel.watch import Lost, Watch
+from ..parallel.watch import Watch
 from ..training.layout import ParallelConfig
 from ..training.loop import COLUMNS, Result, fit, prepare
 from ..training.progress import Progress, Silent
+from ..training.together import Together
 from .arguments import arguments, user_errors
 from .console import Console
 
@@ -112,14 +113,14 @@ def joined(config: ParallelConfig) -> Iterator[Watch | None]:
     )
     try:
         yield watch
-    except BaseException as error:
-        if not isinstance(error, Lost):
-            watch.fail(error)
-        raise
-    else:
         dist.barrier()
-        watch.close()
-        dist.destroy_process_group()
+    except BaseException as error:
+        found = Together(watch).reason(error)
+        if found is error:
+            raise
+        raise found from error
+    watch.close()
+    dist.destroy_process_group()
 
 
 def show(progress: Progress, name: str, result: Result) -> None:

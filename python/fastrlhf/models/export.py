@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..errors import extra
 from ..parallel import ParallelGroups, Stages
+from ..parallel.collectives import led
 from .config import DecoderConfig
 from .decoder import Decoder
 
@@ -44,39 +46,38 @@ def save_weights(
     model: Decoder, head: Mapping[str, Tensor], config: dict[str, Any], directory: str | Path, tokenizer: Any,
     dtype: torch.dtype | None, max_shard_bytes: int,
 ) -> None:  # fmt: skip
-    """Collective over all processes; the first one writes."""
+    """Collective over all processes; the first one writes, file by file, while the others wait as long as that takes."""
     groups, directory = model.groups, Path(directory)
-    if groups.dp.first:
-        kind = dtype or model.dtype
-        wanted = [Entry(name, tuple(t.shape), groups.pp.size - 1) for name, t in head.items()]
-        wanted += entries(model.config, model.stages, head=model.has_head)
-        dtypes = {e.name: torch.float32 if e.name == HEAD else kind for e in wanted}
-        files = _files(wanted, dtypes, max_shard_bytes)
-        if groups.leader:
-            directory.mkdir(parents=True, exist_ok=True)
-        weights = _arriving(model, head, wanted, dtypes)
-        where: dict[str, str] = {}
-        total = 0
-        for number, members in enumerate(files):
-            held = {entry.name: next(weights) for entry in members}
-            if not groups.leader:
-                continue
-            name = WEIGHTS if len(files) == 1 else f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-            extra("safetensors.torch").save_file(held, directory / name, metadata={"format": "pt"})
-            where |= dict.fromkeys(held, name)
-            total += sum(t.nbytes for t in held.values())
-            held.clear()
-        if groups.leader:
-            named = str(kind).removeprefix("torch.")
-            config |= {"torch_dtype": named, "dtype": named}
-            (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            if len(files) > 1:
-                index = {"metadata": {"total_size": total}, "weight_map": where}
-                (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(directory)
-    if groups.world.size > 1:
-        dist.barrier()
+    kind = dtype or model.dtype
+    wanted = [Entry(name, tuple(t.shape), groups.pp.size - 1) for name, t in head.items()]
+    wanted += entries(model.config, model.stages, head=model.has_head)
+    dtypes = {e.name: torch.float32 if e.name == HEAD else kind for e in wanted}
+    files = _files(wanted, dtypes, max_shard_bytes)
+    weights = _arriving(model, head, wanted, dtypes)
+    where: dict[str, str] = {}
+    for number, members in enumerate(files):
+        held = {entry.name: next(weights) for entry in members} if groups.dp.first else {}
+        name = WEIGHTS if len(files) == 1 else f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        led(groups.world, partial(_write, held, directory / name))
+        where |= dict.fromkeys((entry.name for entry in members), name)
+
+    def describe() -> None:
+        named = str(kind).removeprefix("torch.")
+        (directory / "config.json").write_text(json.dumps(config | {"torch_dtype": named, "dtype": named}, indent=2) + "\n")
+        if len(files) > 1:
+            total = sum(torch.Size(e.shape).numel() * dtypes[e.name].itemsize for e in wanted)
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+
+    led(groups.world, describe)
+
+
+def _write(held: dict[str, Tensor], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    extra("safetensors.torch").save_file(held, file, metadata={"format": "pt"})
+    held.clear()
 
 
 def _files(wanted: list[Entry], dtypes: Mapping[str, torch.dtype], most: int) -> list[list[Entry]]:

@@ -9,6 +9,7 @@ are computed and kept once instead of once a process.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -161,3 +162,21 @@ def summed(x: Tensor, axis: Axis) -> Tensor:
     if axis.size > 1:
         dist.all_reduce(x, group=axis.group)
     return x
+
+
+def led(world: Axis, work: Callable[[], None]) -> None:
+    """The first process does its work while the others wait for it, however long it takes: every second they hear that it goes
+    on, which no limit of an exchange ends. What it raises is raised in all."""
+    if world.size == 1:
+        work()
+        return
+    told: list[Any] = [False, None]
+    with ThreadPoolExecutor(1) as pool:
+        doing = pool.submit(work) if world.first else None
+        while not told[0]:
+            if doing is not None:
+                wait([doing], 1.0)
+                told = [True, doing.exception()] if doing.done() else told
+            dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]

@@ -129,6 +129,41 @@ def makespan(plan: Sequence[Sequence[Action]], interleave: int) -> float | None:
     return max(free)
 
 
+@lru_cache(maxsize=256)
+def apart(pp: int, interleave: int, batches: int, backward: bool = True) -> tuple[tuple[bool, ...], ...]:
+    """Of each action of each rank, whether the rows of the next one come about without it.
+
+    Only then is a receive for them posted before it is done: one that waits for what the same rank has yet to send may keep
+    that from being sent, where both share a stream of the device.
+    """
+    plan = schedule(pp, interleave, batches, backward)
+    last = pp * interleave - 1
+    at, latest = [0] * pp, [[-1] * pp for _ in range(pp)]
+    rests: dict[tuple[bool, int, int], list[int]] = {}  # the latest action of each rank that an action's outcome rests on
+
+    def source(rank: int, action: Action) -> tuple[bool, int, int] | None:
+        stage = action.chunk * pp + rank + (-1 if action.forward else 1)
+        return (action.forward, action.batch, stage) if 0 <= stage <= last else None
+
+    while any(at[r] < len(plan[r]) for r in range(pp)):
+        for r in range(pp):
+            while at[r] < len(plan[r]):
+                action = plan[r][at[r]]
+                needs = source(r, action)
+                if needs is not None:
+                    if needs not in rests:
+                        break
+                    latest[r] = [max(pair) for pair in zip(latest[r], rests[needs], strict=True)]
+                latest[r][r] = at[r]
+                rests[action.forward, action.batch, action.chunk * pp + r] = list(latest[r])
+                at[r] += 1
+    out = []
+    for r, actions in enumerate(plan):
+        following = [source(r, action) for action in actions[1:]]
+        out.append((*(needs is not None and rests[needs][r] < k for k, needs in enumerate(following)), False))
+    return tuple(out)
+
+
 def _orders(pp: int, interleave: int, batches: int) -> tuple[list[Action], list[Action]]:
     """Forwards and backwards of every rank: pp micro-batches through one chunk, then through the next."""
     forwards, backwards = [], []
@@ -269,9 +304,10 @@ def run(
     """
     line = _Line(groups, interleave)
     actions = schedule(groups.pp.size, interleave, batches, backward)[groups.pp.rank]
+    early = apart(groups.pp.size, interleave, batches, backward)[groups.pp.rank]
     held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
     for k, action in enumerate(actions):
-        for coming in actions[k : k + 2]:  # the next one's rows come in while this one works
+        for coming in actions[k : k + 1 + early[k]]:  # the next one's rows come in while this one works
             if line.source(coming) is not None:
                 line.expect(coming, empty(coming.batch))
         given = None if line.source(action) is None else line.take(action)

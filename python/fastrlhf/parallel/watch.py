@@ -41,14 +41,14 @@ class Watch:
         self.interval = min(1.0, max(0.05, timeout / 10))  # lingering, four of it, must be well under `grace`
         self.verdict: str | None = None
         self._known = threading.Event()
-        self._leaves = False
+        self.leaves = False  # this process has an error to report
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fastrlhf-watch", daemon=True)
         self._thread.start()
 
     def fail(self, error: BaseException) -> None:
         """Tell the others why this process fails, if nobody failed before it."""
-        self._leaves = True
+        self.leaves = True
         if self.verdict is None:
             text = str(error).strip().splitlines()
             self._accuse(f"{self.place(self.rank)} failed: {type(error).__name__}: {text[0] if text else ''}")
@@ -56,7 +56,7 @@ class Watch:
 
     def explain(self, error: BaseException) -> BaseException:
         """What to raise for an error of an exchange with other processes: who is gone, once it is known."""
-        self._leaves = True
+        self.leaves = True
         if self._known.wait(self.timeout + 2 * self.interval):
             self._linger()
             return Lost(f"{self.verdict}; this process, {self.place(self.rank)}, stops")
@@ -103,7 +103,7 @@ class Watch:
     def _end(self, verdict: str) -> None:
         self.verdict = verdict
         self._known.set()
-        if not self._stop.wait(self.grace) and not self._leaves:
+        if not self._stop.wait(self.grace) and not self.leaves:
             print(f"fastrlhf: {verdict}; {self.place(self.rank)} was stuck and ends", file=sys.stderr, flush=True)
             os._exit(EXIT)
 

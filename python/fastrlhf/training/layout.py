@@ -27,8 +27,8 @@ class ParallelConfig:
         "generates through the stages, which takes no more memory and is slower. On CPUs, as tested, changes no completion.",
     )  # fmt: skip
     balance: bool = option(
-        True, "Replicas take prompts from one queue, the long ones first; false gives each as many. On CPUs, as tested, "
-        "changes no completion.",
+        True, "Replicas take sequences from one queue, the long ones first. On CPUs, as tested, changes no completion. False "
+        "gives each as many prompts beforehand, so that no batch depends on timing: on GPUs the deterministic mode.",
     )  # fmt: skip
     timeout: float = option(1800.0, "Seconds that an exchange between processes may take before the run stops.", above=0)
     silence: float = option(60.0, "Seconds without a sign of life after which a process counts as dead.", above=0)

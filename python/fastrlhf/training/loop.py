@@ -147,19 +147,9 @@ def fit(
         UserError: what went wrong and in which step. What was computed before it is saved: where the step had not yet
             changed a weight, as a checkpoint of the steps before it (of one process). Where another process is gone, which.
     """
-    together = Together(watch)
-    try:
-        return _fit(algorithm, run, config, progress or Silent(), together)
-    except Exception as error:
-        found = together.reason(error)
-        if found is error:
-            raise
-        raise found from error
-
-
-def _fit(algorithm: Algorithm, run: RunConfig, config: Any, progress: Progress, together: Together) -> Result:
     started = time.monotonic()
-    progress = progress if together.leader else Silent()
+    together = Together(watch)
+    progress = progress if progress is not None and together.leader else Silent()
     directory = Path(run.directory)
     directory.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(directory / CHECKPOINTS, keep=run.keep)

@@ -7,11 +7,12 @@ against small runs. The time is an estimate from the constants of `GPU`, none of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from ..models import DecoderConfig
+from ..ops.paged_attention import BLOCK
 from ..parallel import Stages
 from ..parallel.pipeline import bubble, schedule
 from .shards import BUCKET
@@ -44,20 +45,30 @@ GPUS = {
 }
 WORKSPACE = 256 << 20
 """Bytes that the fused head takes on a GPU (`ops.linear_logprobs`)."""
+CACHE = 2**31
+"""Bytes that the engine's cache has at most where its size is not given."""
 NODE = 8
 """GPUs that the fast links join; tp beyond them goes over the network."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What runs: the algorithm, the sequences of a step, and how they are cut."""
+    """What runs: the algorithm, the sequences of a step, and how they are cut.
+
+    minibatch: sequences of an optimizer's step; None is all. epochs: passes over them. cache_tokens: as engine.cache_tokens.
+    rewards: models that score completions.
+    """
 
     algorithm: str = "ppo"
     completions: int = 512
     prompt_tokens: int = 512
     completion_tokens: int = 512
     micro_batch_tokens: int = 8192
+    minibatch: int | None = None
+    epochs: int = 1
     max_sequences: int = 256
+    cache_tokens: int | None = None
+    rewards: tuple[DecoderConfig, ...] = ()
     checkpointing: bool = True
     interleave: int = 1
     itemsize: int = 2  # of the weights; 4: float32, which needs no copies
@@ -79,6 +90,15 @@ class Job:
     @property
     def generates(self) -> bool:
         return self.algorithm in ("ppo", "grpo")
+
+    @property
+    def context(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def updates(self) -> int:
+        """Steps of each optimizer."""
+        return self.epochs * math.ceil(self.completions / (self.minibatch or self.completions))
 
 
 class Weights(NamedTuple):
@@ -132,21 +152,24 @@ class Plan:
         return asdict(self)
 
 
-def layouts(c: DecoderConfig, gpus: int, interleave: int = 1) -> Iterator[tuple[int, int, int]]:
-    """Every (tp, pp, dp) that the model can be cut into."""
-    widths = (c.num_attention_heads, c.num_key_value_heads, c.vocab_size, c.intermediate_size)
+def layouts(
+    c: DecoderConfig, gpus: int, interleave: int = 1, rewards: Sequence[DecoderConfig] = ()
+) -> Iterator[tuple[int, int, int]]:
+    """Every (tp, pp, dp) that the models can be cut into."""
+    models = (c, *rewards)
+    widths = [w for m in models for w in (m.num_attention_heads, m.num_key_value_heads, m.vocab_size, m.intermediate_size)]
     for tp in range(1, gpus + 1):
         if gpus % tp or any(w % tp for w in widths):
             continue
         for pp in range(1, gpus // tp + 1):
             chunks = interleave if pp > 1 else 1
-            if (gpus // tp) % pp == 0 and pp * chunks <= c.num_hidden_layers:
+            if (gpus // tp) % pp == 0 and pp * chunks <= min(m.num_hidden_layers for m in models):
                 yield tp, pp, gpus // (tp * pp)
 
 
 def plans(c: DecoderConfig, gpus: int, gpu: GPU, job: Job) -> list[Plan]:
     """Every legal layout, the quickest of those that fit first."""
-    found = [plan(c, tp, pp, dp, gpu, job) for tp, pp, dp in layouts(c, gpus, job.interleave)]
+    found = [plan(c, tp, pp, dp, gpu, job) for tp, pp, dp in layouts(c, gpus, job.interleave, job.rewards)]
     return sorted(found, key=lambda p: (not p.fits, p.seconds, p.peak))
 
 
@@ -162,17 +185,36 @@ def _plan(c: DecoderConfig, tp: int, pp: int, dp: int, gpu: GPU, job: Job) -> Pl
     per_rank = [memory_of_rank(c, stages, rank, tp, dp, job) for rank in range(pp)]
     fullest = max(per_rank, key=peak_of)
     peak = peak_of(fullest)
-    waits = bubble(pp, stages.interleave, micro_batches(job, pp, dp)) if pp > 1 else 0.0
+    count = micro_batches(job, pp, dp, job.minibatch)  # the pipeline drains at every step of an optimizer
+    waits = bubble(pp, stages.interleave, count) if pp > 1 else 0.0
     seconds = step_seconds(c, tp, pp, dp, gpu, job, waits)
     fits = peak <= gpu.memory * (1 - gpu.reserve)
     return Plan(tp, pp, dp, fullest, peak, fits, waits, seconds, job.reshard)
 
 
-def micro_batches(job: Job, pp: int, dp: int) -> int:
-    """Of one replica in a step; no fewer than a pipeline has stages where there are as many sequences."""
-    sequences = max(1, math.ceil(job.completions / dp))
-    tokens = sequences * (job.prompt_tokens + job.completion_tokens)
-    return max(math.ceil(tokens / job.micro_batch_tokens), min(pp, sequences))
+def micro_batches(job: Job, pp: int, dp: int, sequences: int | None = None) -> int:
+    """Of one replica's part of so many sequences, None for all; no fewer than a pipeline has stages where there are as many."""
+    own = max(1, math.ceil((sequences or job.completions) / dp))
+    return max(math.ceil(own * job.context / job.micro_batch_tokens), min(pp, own))
+
+
+class Cache(NamedTuple):
+    """Of a process's engine: bytes, and the sequences that it draws at once."""
+
+    bytes: float
+    batch: int
+
+
+def cache_of(c: DecoderConfig, stages: Stages, tp: int, dp: int, job: Job) -> Cache:
+    """As `EmbeddedEngine` makes it for a replica's share; a batch that all comes to its full length must fit."""
+    pp, d = stages.pp, c.head_dim
+    layers = c.num_hidden_layers if job.reshard else max(sum(map(len, stages.of_rank(r))) for r in range(pp))
+    position = layers * (c.num_key_value_heads // tp) * (d + 16 * math.ceil(d / 16)) * job.itemsize
+    share = math.ceil(job.completions / (dp * (pp if job.reshard else 1)))
+    room = min(share, job.max_sequences) * (job.context + BLOCK)
+    wanted = job.cache_tokens or max(min(room, CACHE // position), job.context + BLOCK)
+    positions = wanted // BLOCK * BLOCK
+    return Cache(float(positions * position), max(1, min(share, job.max_sequences, positions // job.context)))
 
 
 def memory_of_rank(c: DecoderConfig, stages: Stages, rank: int, tp: int, dp: int, job: Job) -> dict[str, float]:
@@ -181,24 +223,22 @@ def memory_of_rank(c: DecoderConfig, stages: Stages, rank: int, tp: int, dp: int
     weights: of all models, in the dtype of the weights. optimizer: float32 copies and two moments of the rows that this dp
     rank steps. gradients: float32, of the one model that learns at a time. buffers: of the exchange between dp ranks and of
     the largest gradient before it is added. activations: what the micro-batches in flight keep. engine: the key-value cache.
-    refit: the other stages' weights while a pipeline generates.
+    refit: the other stages' weights while a pipeline generates. scoring: a micro-batch through a model without a backward.
     """
     s, pp = job.itemsize, stages.pp
     policy = weights_of_rank(c, stages, rank, tp)
     critic = weights_of_rank(c, stages, rank, tp, head=False)
     learning = [policy] if job.algorithm in ("sft", "grpo") else [critic] if job.algorithm == "reward" else [policy, critic]
-    held = [*learning, *[policy] * job.frozen]
+    rewards = [
+        weights_of_rank(m, Stages(m.num_hidden_layers, pp, stages.interleave), rank, tp, head=False) for m in job.rewards
+    ]
+    held = [*learning, *[policy] * job.frozen, *rewards]
     own = max(w.total for w in learning)
     copies = 4 if s != 4 else 0
     bucket = min(BUCKET + max(w.largest for w in learning), own)
     # at the step: the share's gradients beside all of them, and one bucket packed; while adding up: one raw gradient
     exchange = 4.0 * own / dp + 4 * bucket * (1 + job.gloo) if dp > 1 else 0.0
     raw = s * max(w.largest for w in learning) if s != 4 else 0
-    sequences = min(job.max_sequences, math.ceil(job.completions / (dp * (pp if job.reshard else 1))))
-    context = job.prompt_tokens + job.completion_tokens
-    d, kv = c.head_dim, c.num_key_value_heads // tp
-    fullest = max(sum(map(len, stages.of_rank(r))) for r in range(pp))
-    position = (c.num_hidden_layers if job.reshard else fullest) * kv * (d + 16 * math.ceil(d / 16)) * s
     whole = weights_of_rank(c, Stages(c.num_hidden_layers), 0, tp).total
     return {
         "weights": float(s * sum(w.total for w in held)),
@@ -206,7 +246,8 @@ def memory_of_rank(c: DecoderConfig, stages: Stages, rank: int, tp: int, dp: int
         "gradients": 4.0 * own,
         "buffers": float(max(exchange, raw)),
         "activations": activations(c, stages, rank, tp, dp, job),
-        "engine": float(min(sequences * (context + 16) * position, 2**31)) if job.generates else 0.0,
+        "engine": cache_of(c, stages, tp, dp, job).bytes if job.generates else 0.0,
+        "scoring": scoring(c, tp, dp, pp, job),
         "refit": float(s * max(whole - policy.total, 0)) if job.generates and pp > 1 and job.reshard else 0.0,
     }
 
@@ -215,7 +256,7 @@ def peak_of(memory: dict[str, float]) -> float:
     """Training, the optimizer's step and generation do not happen at once; the cache stays."""
     always = memory["weights"] + memory["optimizer"] + memory["engine"]
     training = memory["gradients"] + memory["activations"]
-    return always + max(training, memory["gradients"] + memory["buffers"], memory["refit"])
+    return always + max(training, memory["gradients"] + memory["buffers"], memory["scoring"], memory["refit"])
 
 
 def layer_bytes(c: DecoderConfig, tp: int, s: int, rows_shared: bool) -> float:
@@ -235,10 +276,10 @@ def layer_bytes(c: DecoderConfig, tp: int, s: int, rows_shared: bool) -> float:
 def activations(c: DecoderConfig, stages: Stages, rank: int, tp: int, dp: int, job: Job) -> float:
     """Of the micro-batches in flight at a pipeline rank, and of the head at the last one."""
     pp, h, s = stages.pp, c.hidden_size, job.itemsize
-    count = micro_batches(job, pp, dp)
-    sequences = max(1, math.ceil(job.completions / dp))
-    tokens = math.ceil(sequences / count) * (job.prompt_tokens + job.completion_tokens)
-    share = job.completion_tokens / (job.prompt_tokens + job.completion_tokens)
+    count = micro_batches(job, pp, dp, job.minibatch)
+    sequences = max(1, math.ceil((job.minibatch or job.completions) / dp))
+    tokens = math.ceil(sequences / count) * job.context
+    share = job.completion_tokens / job.context
     shared = job.sequence_parallel and tp > 1
     between = h * s / (tp if shared else 1)  # bytes of a row between blocks
     flying = _in_flight(pp, stages.interleave, count, rank)
@@ -258,6 +299,15 @@ def activations(c: DecoderConfig, stages: Stages, rank: int, tp: int, dp: int, j
     return kept + max(working, head)  # the head is done when the layers' turn comes
 
 
+def scoring(c: DecoderConfig, tp: int, dp: int, pp: int, job: Job) -> float:
+    """A layer's widest place, without what a backward would keep, for a micro-batch of the whole rollout."""
+    if not job.generates:
+        return 0.0
+    sequences = math.ceil(math.ceil(job.completions / dp) / micro_batches(job, pp, dp))
+    widest = max(4 * m.intermediate_size / tp + 4 * m.hidden_size for m in (c, *job.rewards))
+    return widest * job.itemsize * sequences * job.context
+
+
 def _in_flight(pp: int, interleave: int, batches: int, rank: int) -> int:
     """The most chunk forwards of a rank that wait for their backwards."""
     if pp == 1:
@@ -271,28 +321,37 @@ def _in_flight(pp: int, interleave: int, batches: int, rank: int) -> int:
 
 def step_seconds(c: DecoderConfig, tp: int, pp: int, dp: int, gpu: GPU, job: Job, waits: float) -> float:
     """2 flops a weight and token forward, 4 backward, 2 more where activations are computed again; scoring by every model
-    once; the exchanges of tp behind nothing; generation limited by reading weights and cache or by its products."""
+    once; the exchanges of tp behind nothing; generation limited by reading weights and cache or by its products.
+
+    Args:
+        waits: the share of an optimizer's step in which a rank of the pipeline waits.
+    """
     weights, gpus = Plan.parameters(c), tp * pp * dp
-    tokens = job.completions * (job.prompt_tokens + job.completion_tokens)
-    scoring = 0 if not job.generates else 2 * (job.trained + job.frozen)
-    training = job.trained * (8 if job.checkpointing else 6)
-    busy = (scoring + training) * weights * tokens / (gpus * gpu.flops * gpu.mfu)
+    tokens = job.completions * job.context
     link = gpu.link if tp <= NODE else gpu.network
-    row = c.hidden_size * job.itemsize * 2 * (tp - 1) / tp
-    passes = scoring / 2 + job.trained * (3 if job.checkpointing else 2)
-    exchange = 2 * c.num_hidden_layers / pp * row * tokens / dp / (link * gpu.reach) * passes
-    reduce = job.trained * 6 * weights / (tp * pp) / (gpu.network * gpu.reach) * (dp > 1)
-    total = (busy + exchange) / (1 - waits) + reduce
+
+    def through(m: DecoderConfig, passes: float, sent: float) -> float:
+        """All tokens through a model: `passes` of 2 flops a weight, `sent` of rows between the processes of tp."""
+        row = m.hidden_size * job.itemsize * 2 * (tp - 1) / tp
+        products = passes * 2 * Plan.parameters(m) * tokens / (gpus * gpu.flops * gpu.mfu)
+        return products + sent * 2 * m.num_hidden_layers / pp * row * tokens / dp / (link * gpu.reach)
+
+    again = job.checkpointing
+    training = job.trained * job.epochs * through(c, 3 + again, 2 + again) / (1 - waits)
+    reduce = job.trained * job.updates * 6 * weights / (tp * pp) / (gpu.network * gpu.reach) * (dp > 1)
     if not job.generates:
-        return total
-    replicas = pp * dp if job.reshard else dp
-    sequences = math.ceil(job.completions / replicas)
-    batch = min(sequences, job.max_sequences)
+        return training + reduce
+    filled = micro_batches(job, pp, dp) * (job.interleave if pp > 1 else 1)
+    scored = [c] * (job.trained + job.frozen) + list(job.rewards)
+    scoring = sum(through(m, 1, 1) for m in scored) * (filled + pp - 1) / filled
+    stages = Stages(c.num_hidden_layers, pp, job.interleave if pp > 1 else 1)
+    sequences = math.ceil(job.completions / (pp * dp if job.reshard else dp))
+    batch = cache_of(c, stages, tp, dp, job).batch
     position = 2 * c.num_hidden_layers * c.num_key_value_heads // tp * c.head_dim * job.itemsize
-    context = job.prompt_tokens + job.completion_tokens / 2
-    read = (weights * job.itemsize / tp + batch * context * position) / (gpu.bandwidth * gpu.reach)
+    cached = job.prompt_tokens + job.completion_tokens / 2
+    read = (weights * job.itemsize / tp + batch * cached * position) / (gpu.bandwidth * gpu.reach)
     product = 2 * weights * batch / tp / (gpu.flops * gpu.mfu)
     one = max(read, product) + (2 * c.num_hidden_layers * gpu.latency if tp > 1 else 0.0)
     prefill = 2 * weights * sequences * job.prompt_tokens / tp / (gpu.flops * gpu.mfu)
     refit = 2 * weights * job.itemsize / tp / (gpu.network * gpu.reach) if pp > 1 and job.reshard else 0.0
-    return total + prefill + refit + one * job.completion_tokens * math.ceil(sequences / job.max_sequences)
+    return training + reduce + scoring + prefill + refit + one * job.completion_tokens * math.ceil(sequences / batch)

@@ -41,8 +41,8 @@ def optimizer_tensors(
         names: the parameters by name, as `dict(model.named_parameters())`.
 
     Returns:
-        tensors `<parameter>.<key>`, as `layer.weight.exp_avg`; and the rest as JSON: hyperparameters of the groups, and
-        which keys each parameter has.
+        tensors `<parameter>.<key>`, as `layer.weight.exp_avg`; and the rest as JSON: the groups' members, and which keys each
+        parameter has.
 
     Raises:
         CheckpointError: a parameter of the optimizer that has no name.
@@ -56,7 +56,7 @@ def optimizer_tensors(
             if id(parameter) not in name_of:
                 raise CheckpointError(f"optimizer: a parameter of shape {tuple(parameter.shape)} in group {i} has no name")
         members = [name_of[id(p)] for p in group["params"]]
-        groups.append({"params": members, "options": {k: _json(v) for k, v in group.items() if k != "params"}})
+        groups.append({"params": members})
         for name, parameter in zip(members, group["params"], strict=True):
             state = optimizer.state.get(parameter)
             if not state:
@@ -73,7 +73,8 @@ def load_optimizer(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> None:
-    """Puts back what `optimizer_tensors` returned, with the hyperparameters it had.
+    """Puts back what `optimizer_tensors` returned. The hyperparameters stay this optimizer's: a run that goes on with another
+    configuration goes on as that says, whatever its layout.
 
     Args:
         names: the parameters of this optimizer by name.
@@ -98,9 +99,7 @@ def load_optimizer(
                 raise CheckpointError(f"optimizer: {full} is missing in the checkpoint")
             if tensors[full].dim() > 0:
                 _same_shape(f"optimizer: {full}", tensors[full], names[name])
-    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
-        for key, value in saved["options"].items():
-            group[key] = _like(group.get(key), value)
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = name_of[id(parameter)]
             entry = state["state"].get(name)
@@ -157,17 +156,6 @@ def _same_names(group: str, there: set[str], here: set[str]) -> None:
 def _same_shape(name: str, there: Tensor, here: Tensor) -> None:
     if there.shape != here.shape:
         raise CheckpointError(f"{name} has shape {tuple(there.shape)} in the checkpoint, expected {tuple(here.shape)}")
-
-
-def _json(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
-
-
-def _like(now: Any, value: Any) -> Any:
-    """A hyperparameter from JSON as the optimizer holds it; a tensor keeps its place for what was captured with it."""
-    if isinstance(now, Tensor):
-        return now.fill_(value)
-    return tuple(value) if isinstance(value, list) and not isinstance(now, list) else value
 
 
 def _device(key: str, parameter: Tensor, group: Mapping[str, Any]) -> torch.device:

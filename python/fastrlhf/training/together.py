@@ -174,8 +174,9 @@ class Together:
         return rng, state
 
     def reason(self, error: BaseException) -> BaseException:
-        """What to raise for an error in a step: which process is gone, where that is why."""
-        if self.world == 1 or self.watch is None:
+        """What to raise for an error: which process is gone, where that is why. The others are told of one's own. Asked again,
+        of what it led to, nothing more happens."""
+        if self.world == 1 or self.watch is None or self.watch.leaves:
             return error
         if isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
             isinstance(error, RuntimeError) and not isinstance(error, UserError) and _of_an_exchange(error)

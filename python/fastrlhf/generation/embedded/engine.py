@@ -105,12 +105,14 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def stream(
-        self, prompts: Seq[Seq[int]], sampling: Sampling, *, seeds: Seq[int] | None = None, work: Work | None = None
-    ) -> Iterator[Finished]:
+        self, prompts: Seq[Seq[int]], sampling: Sampling, *, seeds: Seq[int] | None = None, work: Work | None = None,
+        at_once: int | None = None,
+    ) -> Iterator[Finished]:  # fmt: skip
         """Completions as they end.
 
         Args:
             work: asked before each step, with how many sequences are under way, for more of them; None gives all at once.
+            at_once: how many sequences `work` has under way at most, for which the cache is made; None is all.
 
         Raises:
             ValueError: an empty prompt, a token outside the vocabulary, a prompt and max_tokens that exceed the context or
@@ -118,7 +120,7 @@ class EmbeddedEngine:
         """
         seeds = self._check(prompts, sampling, seeds)
         longest = max((len(p) for p in prompts), default=0) + sampling.max_tokens
-        self._ensure_cache(longest, sampling.n * len(prompts))
+        self._ensure_cache(longest, sampling.n * len(prompts) if at_once is None else at_once)
         assert self._cache is not None
         scheduler = Scheduler(BlockManager(self._blocks), self.max_sequences, self.max_batch_tokens)
         self.stats = GenerationStats()

@@ -63,7 +63,10 @@ class Fleet:
             begun = time.perf_counter()
             found = {}
             work = self._work(prompts, sampling.n)
-            for done in self.engine.stream(prompts, sampling, seeds=seeds, work=work):
+            at_once = -(-len(prompts) // self.resharded.replicas.size) * sampling.n
+            if isinstance(work, Queue):
+                at_once = work.slots
+            for done in self.engine.stream(prompts, sampling, seeds=seeds, work=work, at_once=at_once):
                 found[done.prompt, done.sample] = done.completion
                 if isinstance(work, Queue):
                     work.finished(done.prompt, done.sample, len(done.completion.tokens))

@@ -1,7 +1,8 @@
 """Which replica draws which sample: one queue that all replicas of a policy take from as they come free.
 
 Prompts that were drawn from before are expected to be as long as they were then, and the long ones come first. Of the others
-one sample comes first; what these turn out to be, done or still under way, puts the rest of them in order.
+one sample comes first; what these turn out to be, done or still under way, puts the rest of them in order. Where all samples
+can be under way at once there is nothing to wait for, and they are dealt out beforehand.
 """
 
 from __future__ import annotations
@@ -17,9 +18,6 @@ import torch.distributed as dist
 from ...parallel.groups import Axis
 from ..engine import Completion
 from .sequence import Share
-
-HEAD_START = 0.5
-"""The share of the sequences that is dealt out before the rest is taken one by one."""
 
 
 class Expected:
@@ -44,6 +42,28 @@ def together(shares: Iterable[Share]) -> list[Share]:
             out[-1] = Share(share.prompt, out[-1].first, out[-1].samples + share.samples)
         else:
             out.append(share)
+    return out
+
+
+def dealt(expected: Sequence[float | None], n: int, replicas: int) -> list[list[Share]]:
+    """Every sample to a replica, as many to each as to any other: prompt by prompt, the long ones first, to the replica that
+    has the least to draw. A prompt's samples stay together as far as there is room."""
+    known = [x for x in expected if x is not None]
+    mean = sum(known) / max(len(known), 1) or 1.0
+    tokens = [mean if x is None else x for x in expected]
+    fewest, more = divmod(len(expected) * n, replicas)
+    room = [fewest + (r < more) for r in range(replicas)]
+    load = [0.0] * replicas
+    out: list[list[Share]] = [[] for _ in range(replicas)]
+    for prompt in sorted(range(len(expected)), key=lambda i: (-tokens[i], i)):
+        begun = 0
+        while begun < n:
+            r = min((r for r in range(replicas) if room[r]), key=lambda r: (load[r], r))
+            samples = min(room[r], n - begun)
+            out[r].append(Share(prompt, begun, samples))
+            room[r] -= samples
+            load[r] += samples * tokens[prompt]
+            begun += samples
     return out
 
 
@@ -196,17 +216,22 @@ class Queue:
         expected: tokens of a completion of each prompt, None where nothing is known.
         within: the axes over which one replica is spread.
         most: sequences that a replica has under way at most.
+
+    Attributes:
+        slots: that it has under way at most, here.
     """
 
     def __init__(self, expected: Sequence[float | None], n: int, within: Sequence[Axis], most: int, board: Board) -> None:
         self._within, self._board = within, board
         self._speaks = all(axis.first for axis in within)
         count = len(expected) * n
-        dealt = min(most, max(1, int(count * HEAD_START / board.replicas))) * board.replicas
-        self._order = Order(expected, n, min(dealt, count), board)
-        self._head: list[Share] | None = self._order.head[board.replica :: board.replicas]
-        self.slots = max(1, len(self._head))
-        self._over = len(self._order) == 0
+        self.slots = max(1, min(most, -(-count // board.replicas)))
+        fits = count <= most * board.replicas
+        self._order = Order(expected, n, count if fits else self.slots * board.replicas, board)
+        self._head: list[Share] | None = (
+            dealt(expected, n, board.replicas)[board.replica] if fits else self._order.head[board.replica :: board.replicas]
+        )
+        self._over = fits
         self._steps = 0
         self._begun: dict[tuple[int, int], int] = {}  # when, in steps
         self._ended: dict[int, tuple[int, int]] = {}
@@ -225,8 +250,9 @@ class Queue:
         else:
             free = self.slots - running
             shares = self._take(free) if free > 0 and not self._over else []
-        for share in shares:
-            self._begun[share.prompt, share.first] = self._steps
+        for prompt, first, samples in shares:
+            for sample in range(first, first + samples):
+                self._begun[prompt, sample] = self._steps
         return together(shares)
 
     def finished(self, prompt: int, sample: int, tokens: int) -> None:
@@ -240,21 +266,23 @@ class Queue:
         if self._speaks:
             self._board.clear()
 
-    def _take(self, count: int) -> list[Share]:
-        shares = []
+    def _take(self, free: int) -> list[Share]:
+        told = torch.full((1 + free, 2), -1, dtype=torch.int64)  # whether that was all; prompts and samples
         if self._speaks:
+            left = len(self._order) - self._board.take(0)
+            count = min(free, max(0, -(-left // self._board.replicas)))  # not all of the last ones to whoever comes first
             at = self._board.take(count)
-            shares = [self._order[place] for place in range(at, min(at + count, len(self._order)))]
-        told = torch.full((count, 2), -1, dtype=torch.int64)
-        for row, share in zip(told, shares, strict=False):
-            row[0], row[1] = share.prompt, share.first
+            end = min(at + count, len(self._order))
+            told[0] = int(end == len(self._order))
+            for row, place in zip(told[1:], range(at, end), strict=False):
+                row[0], row[1], _ = self._order[place]
         for axis in self._within:
             if axis.size > 1:
                 told = told.to(_device(axis.group))
                 dist.broadcast(told, src=axis.ranks[0], group=axis.group)
-        out = [Share(prompt, sample, 1) for prompt, sample in told.tolist() if prompt >= 0]
-        self._over = len(out) < count
-        return out
+        (over, _), *rows = told.tolist()
+        self._over = bool(over)
+        return [Share(prompt, sample, 1) for prompt, sample in rows if prompt >= 0]
 
 
 def _device(group: Any) -> torch.device:
