@@ -9,12 +9,15 @@ import pytest
 import torch
 from fastrlhf.ops import backend as backends
 
-from .calls import CALLS, Inputs, Maker, execute, names
+from tests.oracle import assert_accurate, assert_gradient_accurate
+
+from .calls import CALLS, FLAGSHIP, FLAGSHIP_CALLS, LARGE, NARROW, WIDE, Inputs, Maker, execute, names
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BACKENDS = ("cuda", "triton")
 EVERY = [pytest.param(b, n, id=f"{n}-{b}") for b in BACKENDS for n in names(b)]
 BY_ROW = [p for p in EVERY if CALLS[p.values[1]].by_row]
+FLAGSHIPS = [p for p in EVERY if p.values[1] in FLAGSHIP_CALLS]
 IN_GRAPH = [p for p in EVERY if CALLS[p.values[1]].in_graph]
 
 
@@ -58,18 +61,49 @@ def test_graph(kernels: str, name: str) -> None:
         assert equal(out, execute(call, fresh, kernels))
 
 
-@pytest.mark.parametrize(("kernels", "name"), EVERY)
-def test_same_bits(kernels: str, name: str) -> None:
+def same_bits(kernels: str, name: str, runs: int) -> bool:
     call = CALLS[name]
-    inputs = call.make(Maker("cuda", large=True))
+    inputs = call.make(Maker("cuda", size=LARGE))
     first = execute(call, inputs, kernels)
-    assert all(equal(first, execute(call, inputs, kernels)) for _ in range(100))
+    return all(equal(first, execute(call, inputs, kernels)) for _ in range(runs))
+
+
+@pytest.mark.parametrize(("kernels", "name"), FLAGSHIPS)
+def test_same_bits(kernels: str, name: str) -> None:
+    assert same_bits(kernels, name, 100)
+
+
+@pytest.mark.parametrize(("kernels", "name"), [p for p in EVERY if p not in FLAGSHIPS])
+def test_the_rest_gives_the_same_bits_too(kernels: str, name: str) -> None:
+    assert same_bits(kernels, name, 10)
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1031, FLAGSHIP), (1031, WIDE), (9001, NARROW)])
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_more_rows_than_blocks(kernels: str, rows: int, vocab: int) -> None:
+    """Persistent grids take many turns: rows from all of them against float64."""
+    t = CALLS[f"logits_policy_loss_{vocab}"].make(Maker("cuda", size=(rows, 1)))
+    at = torch.tensor([0, 1, 2, 131, 132, 133, rows // 2, rows // 2 + 1, rows - 2, rows - 1], device="cuda")
+    few = {name: x[at] for name, x in t.items()}
+
+    def step(x: torch.Tensor, t: Inputs, backend: str) -> tuple[torch.Tensor, ...]:
+        leaf = x.detach().requires_grad_()
+        mask = t["mask"] & (t["labels"] != -100)
+        options = {"entropy_coef": 0.01, "reduction": "token-sum", "backend": backend}
+        out = fastrlhf.logits_policy_loss(leaf, t["labels"], t["old"], t["adv"], mask, **options)
+        return out.logprobs, out.entropy, torch.autograd.grad(out.loss, leaf)[0]
+
+    ours = [x[at] for x in step(t["logits"], t, kernels)]
+    oracle, plain = step(few["logits"].double(), few, "reference"), step(few["logits"].float(), few, "reference")
+    for mine, exact, other in zip(ours[:2], oracle, plain):
+        assert_accurate(mine, exact, other)
+    assert_gradient_accurate(ours[2], oracle[2], plain[2].bfloat16())
 
 
 @pytest.mark.parametrize(("kernels", "name"), BY_ROW)
 def test_rows_of_any_batch(kernels: str, name: str) -> None:
     call = CALLS[name]
-    inputs = call.make(Maker("cuda", large=True))
+    inputs = call.make(Maker("cuda", size=LARGE))
     whole = execute(call, inputs, kernels)
     for rows in (slice(0, 1), slice(3, 4), slice(7, 140), slice(1, None)):
         part = execute(call, {k: t[rows] for k, t in inputs.items()}, kernels)
@@ -110,7 +144,7 @@ def test_the_current_stream_is_used(kernels: str, name: str) -> None:
 def test_two_streams_at_once(kernels: str) -> None:
     """Launches of two streams, which may share no scratch memory."""
     call = CALLS["policy_loss_ppo_token-mean"]
-    inputs = [call.make(Maker("cuda", seed, large=True)) for seed in (0, 1)]
+    inputs = [call.make(Maker("cuda", seed, size=LARGE)) for seed in (0, 1)]
     expected = [execute(call, x, kernels) for x in inputs]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
@@ -140,12 +174,12 @@ def test_a_device_that_is_not_the_current_one(kernels: str, name: str) -> None:
     assert equal([t.cpu() for t in out], [t.cpu() for t in execute(call, call.make(Maker("cuda:0")), kernels)])
 
 
-LARGE = (64, 128256)
+LOGITS = (64, 128256)
 
 
 def large() -> Inputs:
-    x = torch.randn(LARGE, device="cuda", dtype=torch.bfloat16)
-    return {"x": x, "y": torch.randn_like(x), "labels": torch.randint(0, LARGE[1], LARGE[:1], device="cuda")}
+    x = torch.randn(LOGITS, device="cuda", dtype=torch.bfloat16)
+    return {"x": x, "y": torch.randn_like(x), "labels": torch.randint(0, LOGITS[1], LOGITS[:1], device="cuda")}
 
 
 def extra_bytes(run) -> int:

@@ -78,7 +78,7 @@ def test_a_pairs_baseline_and_denominator_stay_on_the_device(kernels):
 
 @pytest.mark.parametrize("over", [7.0, torch.full((), 7.0, device="cpu")], ids=["number", "tensor"])
 def test_a_given_denominator(kernels, over):
-    t = CALLS["logits_policy_loss"].make(Maker("cpu"))
+    t = CALLS["logits_policy_loss_1000"].make(Maker("cpu"))
     x = t["logits"].requires_grad_()
     with NothingRead(), NothingCopied():
         fastrlhf.logits_policy_loss(x, t["labels"], t["old"], t["adv"], t["mask"], denominator=over, backend=kernels)
