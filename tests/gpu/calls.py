@@ -289,6 +289,21 @@ def names(backend: str) -> list[str]:
     return [name for name, call in CALLS.items() if call.op in having.get(backend, (call.op,))]
 
 
+def cases(of: Callable[[str, Call], bool] = lambda name, call: True) -> list[tuple[str, str]]:
+    """(backend, name) of some calls."""
+    return [(backend, name) for backend in ("cuda", "triton") for name in names(backend) if of(name, CALLS[name])]
+
+
+# the cases of test_device.py's tests, which bench/bars.py counts
+TESTS = {
+    "test_graph": cases(lambda name, call: call.in_graph),
+    "test_same_bits": cases(lambda name, call: name in FLAGSHIP_CALLS),
+    "test_the_rest_gives_the_same_bits_too": cases(lambda name, call: name not in FLAGSHIP_CALLS),
+    "test_rows_of_any_batch": cases(lambda name, call: call.by_row),
+    "test_one_launch": [("cuda", "policy_loss"), ("triton", "policy_loss")],
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")

@@ -11,14 +11,14 @@ from fastrlhf.ops import backend as backends
 
 from tests.oracle import assert_accurate, assert_gradient_accurate
 
-from .calls import CALLS, FLAGSHIP, FLAGSHIP_CALLS, LARGE, NARROW, WIDE, Inputs, Maker, execute, names
+from .calls import CALLS, FLAGSHIP, LARGE, NARROW, TESTS, WIDE, Inputs, Maker, cases, execute
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BACKENDS = ("cuda", "triton")
-EVERY = [pytest.param(b, n, id=f"{n}-{b}") for b in BACKENDS for n in names(b)]
-BY_ROW = [p for p in EVERY if CALLS[p.values[1]].by_row]
-FLAGSHIPS = [p for p in EVERY if p.values[1] in FLAGSHIP_CALLS]
-IN_GRAPH = [p for p in EVERY if CALLS[p.values[1]].in_graph]
+
+
+def each(found: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("kernels", "name"), [pytest.param(b, n, id=f"{n}-{b}") for b, n in found])
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize(("kernels", "name"), IN_GRAPH)
+@each(TESTS["test_graph"])
 def test_graph(kernels: str, name: str) -> None:
     """Captured once, replayed on other inputs: what eager mode gives for those."""
     call = CALLS[name]
@@ -68,12 +68,12 @@ def same_bits(kernels: str, name: str, runs: int) -> bool:
     return all(equal(first, execute(call, inputs, kernels)) for _ in range(runs))
 
 
-@pytest.mark.parametrize(("kernels", "name"), FLAGSHIPS)
+@each(TESTS["test_same_bits"])
 def test_same_bits(kernels: str, name: str) -> None:
     assert same_bits(kernels, name, 100)
 
 
-@pytest.mark.parametrize(("kernels", "name"), [p for p in EVERY if p not in FLAGSHIPS])
+@each(TESTS["test_the_rest_gives_the_same_bits_too"])
 def test_the_rest_gives_the_same_bits_too(kernels: str, name: str) -> None:
     assert same_bits(kernels, name, 10)
 
@@ -100,7 +100,7 @@ def test_more_rows_than_blocks(kernels: str, rows: int, vocab: int) -> None:
     assert_gradient_accurate(ours[2], oracle[2], plain[2].bfloat16())
 
 
-@pytest.mark.parametrize(("kernels", "name"), BY_ROW)
+@each(TESTS["test_rows_of_any_batch"])
 def test_rows_of_any_batch(kernels: str, name: str) -> None:
     call = CALLS[name]
     inputs = call.make(Maker("cuda", size=LARGE))
@@ -110,7 +110,7 @@ def test_rows_of_any_batch(kernels: str, name: str) -> None:
         assert equal(part, [t[rows] for t in whole]), rows
 
 
-@pytest.mark.parametrize(("kernels", "name"), IN_GRAPH)
+@each(TESTS["test_graph"])
 def test_nothing_waits_for_the_device(kernels: str, name: str) -> None:
     call = CALLS[name]
     inputs = call.make(Maker("cuda"))
@@ -122,7 +122,7 @@ def test_nothing_waits_for_the_device(kernels: str, name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("kernels", "name"), IN_GRAPH)
+@each(TESTS["test_graph"])
 def test_the_current_stream_is_used(kernels: str, name: str) -> None:
     """Inputs that arrive late on a stream of their own; a kernel on another stream would see what was there before."""
     call = CALLS[name]
@@ -167,7 +167,7 @@ def test_inputs_on_two_devices_are_refused(kernels: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize(("kernels", "name"), EVERY)
+@each(cases())
 def test_a_device_that_is_not_the_current_one(kernels: str, name: str) -> None:
     call = CALLS[name]
     out = execute(call, call.make(Maker("cuda:1")), kernels)
@@ -220,7 +220,7 @@ def launches(run) -> list[str]:
     return [name for name in on_device if not name.startswith(("Memcpy", "Memset", "Activity Buffer"))]
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("kernels", [backend for backend, _ in TESTS["test_one_launch"]])
 def test_one_launch(kernels: str) -> None:
     """Policy loss: loss, gradient and statistics in one launch forward, one backward."""
     lp, old, adv = (torch.randn(64, 1024, device="cuda") for _ in range(3))
