@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.gpu.calls import CALLS, Maker, execute, names
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu shows it on the device")
+
 
 class NothingRead(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -90,7 +90,10 @@ def sample(
         seeds, seed = seed.reshape(-1).contiguous(), 0
     elif seed is None and generator is not None and generator.device.type != "cpu":  # one number would be waited for
         count = logits.numel() // logits.shape[-1]
-        seeds, seed = torch.randint(2**62, (count,), generator=generator, dtype=torch.int64, device=generator.device), 0
+        seeds = torch.randint(2**62, (count,), generator=generator, dtype=torch.int64, device=generator.device).to(
+            logits.device
+        )
+        seed = 0
     elif seed is None:
         seed = int(torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu"))
     elif not isinstance(seed, int) or isinstance(seed, bool):
