@@ -50,6 +50,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="for each variant of a case; 2, on a GPU 0.3")
     parser.add_argument("--minutes", type=float, default=1e9, help="on a GPU: start no case after so long")
     parser.add_argument("--revision", help="of the sources, where git cannot say it")
+    parser.add_argument("--sources", help="what is measured: on a GPU, rows of other sources or of another GPU are dropped")
+    parser.add_argument("--keep-skipped", action="store_true", help="do not try again what failed before")
     parser.add_argument("--out", type=Path, help="JSON; plots are written beside it")
     arguments = parser.parse_args()
     suites = SUITES if arguments.device == "cpu" else gpu_cases.SUITES
@@ -84,12 +86,10 @@ def on_gpu(names: list[str], arguments: argparse.Namespace) -> int:
         return 1
     deadline = time.monotonic() + 60 * arguments.minutes
     device = torch.device("cuda", torch.cuda.current_device())
-    extra = gpu.describe(device) | ({"revision": arguments.revision} if arguments.revision else {})
+    extra = gpu.describe(device) | {k: getattr(arguments, k) for k in ("revision", "sources") if getattr(arguments, k)}
     limits = gpu.ceilings(device)
     print(f"{extra['gpu']}: " + ", ".join(f"{name} {rate / 1e12:.3g} T/s" for name, rate in limits.items()), flush=True)
-    rows: list[dict[str, Any]] = []
-    if arguments.out and arguments.out.exists():
-        rows = json.loads(arguments.out.read_text())["rows"]
+    rows = measured_before(arguments.out, report.machine() | extra, arguments.keep_skipped) if arguments.out else []
     known = {(r["op"], r["case"]) for r in rows}
     setting = gpu_cases.Setting(device, arguments.short)
     late = []
@@ -119,6 +119,17 @@ def on_gpu(names: list[str], arguments: argparse.Namespace) -> int:
     if late:
         print("\nnot measured for want of time: " + "; ".join(late))
     return failed(rows) or bool(late)
+
+
+def measured_before(file: Path, machine: dict[str, Any], keep_skipped: bool) -> list[dict[str, Any]]:
+    """The rows of a file that need no measuring again: of the same GPU and sources, of cases in which none of ours failed."""
+    if not file.exists():
+        return []
+    data = json.loads(file.read_text())
+    if any(data["machine"].get(k) != machine.get(k) for k in ("gpu", "revision", "sources")):
+        return []
+    again = {(r["op"], r["case"]) for r in data["rows"] if "skipped" in r and r["variant"].startswith(OURS)}
+    return [r for r in data["rows"] if keep_skipped or (r["op"], r["case"]) not in again]
 
 
 def failed(rows: list[dict[str, Any]]) -> int:

@@ -22,10 +22,11 @@ Figure = float | None
 
 @dataclass(frozen=True)
 class Measured:
-    """Rows of results, and outcomes of tests by name."""
+    """Rows of results, outcomes of tests by `outcomes`' keys, and how many of each test there are."""
 
     rows: Sequence[dict[str, Any]]
     tests: dict[str, bool]
+    expected: dict[str, int]
 
     def ours(self, op: str, case: str, variant: str = OURS) -> dict[str, Any] | None:
         """The fastest of ours."""
@@ -73,10 +74,11 @@ class Measured:
         found = [r["host_s"] for r in self.of("call", "") if r["variant"] == OURS]
         return 1e6 * max(found) if found else None
 
-    def passed(self, prefix: str) -> Figure:
-        """The share of tests of a name that passed."""
-        found = [ok for name, ok in self.tests.items() if name.startswith(prefix)]
-        return sum(found) / len(found) if found else None
+    def passed(self, test: str) -> Figure:
+        """The share that passed of a test's cases; None where not all of them ran and none failed."""
+        found = [ok for key, ok in self.tests.items() if f"::{test}[" in key and key.split("::")[1].endswith(".test_device")]
+        complete = len(found) >= self.expected.get(test, 1)
+        return sum(found) / len(found) if found and (complete or not all(found)) else None
 
 
 @dataclass(frozen=True)
@@ -144,17 +146,25 @@ def bars() -> list[Bar]:
 
 
 def outcomes(files: Sequence[Path]) -> dict[str, bool]:
-    """Of the tests in junit files that were not skipped."""
+    """Of the tests in junit files that were not skipped: by suite, class and name."""
     out = {}
     for file in files:
         for case in ElementTree.parse(file).iter("testcase"):
             if case.find("skipped") is None:
-                out[case.get("name", "")] = case.find("failure") is None and case.find("error") is None
+                key = f"{file.stem}::{case.get('classname', '')}::{case.get('name', '')}"
+                out[key] = case.find("failure") is None and case.find("error") is None
     return out
 
 
-def table(rows: Sequence[dict[str, Any]], tests: dict[str, bool] | None = None) -> str:
-    measured = Measured(rows, tests or {})
+def expected() -> dict[str, int]:
+    """How many cases the device's tests have."""
+    from tests.gpu.calls import TESTS
+
+    return {test: len(cases) for test, cases in TESTS.items()}
+
+
+def table(rows: Sequence[dict[str, Any]], tests: dict[str, bool] | None = None, expected: dict[str, int] | None = None) -> str:
+    measured = Measured(rows, tests or {}, expected or {})
     lines = []
     for bar in bars():
         figure = bar.figure(measured)
@@ -168,4 +178,4 @@ def table(rows: Sequence[dict[str, Any]], tests: dict[str, bool] | None = None) 
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())["rows"], outcomes([Path(p) for p in sys.argv[2:]])))
+    print(table(json.loads(Path(sys.argv[1]).read_text())["rows"], outcomes([Path(p) for p in sys.argv[2:]]), expected()))

@@ -62,10 +62,10 @@ def _memory(device: torch.device, megabytes: int) -> dict[str, float]:
 def _best(run: Callable[[], Any]) -> float:
     for _ in range(3):
         run()
-    return min(_sample(run, 4, 1e-3)[0] for _ in range(10))
+    return min(sample(run, 4, 1e-3)[0] for _ in range(10))
 
 
-def _sample(run: Callable[[], Any], calls: int, backlog: float) -> tuple[float, float]:
+def sample(run: Callable[[], Any], calls: int, backlog: float) -> tuple[float, float]:
     """Seconds of one call on the device, and to enqueue one."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(int(backlog * CYCLES_PER_SECOND))
@@ -79,23 +79,26 @@ def _sample(run: Callable[[], Any], calls: int, backlog: float) -> tuple[float, 
     return start.elapsed_time(end) / 1e3 / calls, enqueued / calls
 
 
+def plan(run: Callable[[], Any]) -> tuple[int, float]:
+    """How many calls to time together, and how long the device must be busy meanwhile: longer than the host takes."""
+    device, host = min(sample(run, 1, 0) for _ in range(3))
+    calls = max(1, min(8, int(1e-4 / max(device, 1e-7))))
+    return calls, min(LARGEST_BACKLOG, 2 * host * calls + 5e-5)
+
+
 def measure(case: Case, seconds: float, limits: dict[str, float]) -> list[dict[str, Any]]:
     """One row a variant: the device time's median and p20/p80, the host's, GB/s, share of the floor, ratio to the first of
     ours that runs, memory, error."""
     running, broken = warm(case)
     device_times: dict[str, list[float]] = {n: [] for n in running}
     host_times: dict[str, list[float]] = {n: [] for n in running}
-    plan = {}
-    for name, variant in running.items():
-        device, host = min(_sample(variant.run, 1, 0) for _ in range(3))
-        calls = max(1, min(8, int(1e-4 / max(device, 1e-7))))
-        plan[name] = (calls, min(LARGEST_BACKLOG, 2 * host * calls + 5e-5))
+    plans = {name: plan(variant.run) for name, variant in running.items()}
     deadline = time.perf_counter() + seconds * len(running)
     while running and (time.perf_counter() < deadline or min(map(len, device_times.values())) < 5):
         for name, variant in running.items():
             if len(device_times[name]) >= 5 and sum(device_times[name]) > 2 * seconds:
                 continue  # far slower than the rest
-            device, host = _sample(variant.run, *plan[name])
+            device, host = sample(variant.run, *plans[name])
             device_times[name].append(device)
             host_times[name].append(host)
     ceiling = limits["copy" if case.writes else "read"]

@@ -17,7 +17,7 @@ from . import call_cost, gpu_heads, kl, logprobs, peers, policy_loss, sampling
 from .gpu import Inputs, Rotation
 from .harness import OURS, Case, Variant, compiled
 
-CHECKED = 16  # rows compared with float64; not by torch.compile, which would compile again for them
+CHECKED = 16  # rows compared with float64, from the first to the last; not by torch.compile, whose results are eager's
 
 
 class Setting:
@@ -51,6 +51,11 @@ def variants(setting: Setting, op: str, make: Callable[[str], Variant]) -> dict[
     return {f"{OURS} {name}": make(name) for name in setting.backends(op)}
 
 
+def some_of(rows: Tensor) -> Tensor:
+    """Indices of CHECKED rows, the first and the last among them: persistent grids come to them at different turns."""
+    return torch.linspace(0, len(rows) - 1, CHECKED, device=rows.device).long()
+
+
 def gradient(out: Tensor | tuple[Tensor, ...], upstream: Tensor | tuple[Tensor, ...] | None, leaf: Tensor) -> Tensor:
     return torch.autograd.grad(out, leaf, upstream)[0]
 
@@ -66,10 +71,11 @@ def scores(setting: Setting) -> Iterator[Case]:
     """Log-probs with entropy, no gradient. Floor: one read of the logits."""
     for rows, vocab in logprobs_shapes(setting):
         inputs = Rotation(lambda: setting.logits(rows, vocab))
-        few = tuple(t[:CHECKED] for t in inputs.first)
+        at = some_of(inputs.first[0])
+        few = tuple(t[at] for t in inputs.first)
 
         def variant(f: Callable[[Tensor, Tensor], Any]) -> Variant:
-            return Variant(lambda: f(*inputs.take()), lambda: torch.stack([t.double() for t in f(*few)[:2]]))
+            return Variant(lambda: f(*inputs.take()), lambda: torch.stack([t[at].double() for t in f(*inputs.first)[:2]]))
 
         def ours(name: str) -> Variant:
             return variant(lambda x, y: fastrlhf.logprobs(x, y, entropy=True, backend=name))
@@ -114,15 +120,16 @@ def trained(setting: Setting) -> Iterator[Case]:
     for rows, vocab in logprobs_shapes(setting):
         inputs = Rotation(lambda: setting.logits(rows, vocab))
         upstream = setting.randn(rows)
-        few = tuple(t[:CHECKED] for t in inputs.first)
+        at = some_of(upstream)
+        few = tuple(t[at] for t in inputs.first)
 
-        def step(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        def step(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, g: Tensor = upstream) -> Tensor:
             leaf = x.detach().requires_grad_()
             out = f(leaf, y)
-            return gradient(out, upstream[: len(y)].to(out.dtype), leaf)
+            return gradient(out, g.to(out.dtype), leaf)
 
         def variant(f: Callable[[Tensor, Tensor], Tensor]) -> Variant:
-            return Variant(lambda: step(f, *inputs.take()), lambda: step(f, *few))
+            return Variant(lambda: step(f, *inputs.take()), lambda: step(f, *inputs.first)[at])
 
         def ours(name: str) -> Variant:
             return variant(lambda x, y: fastrlhf.logprobs(x, y, backend=name).logprobs)
@@ -139,7 +146,7 @@ def trained(setting: Setting) -> Iterator[Case]:
             found["Liger, sum of the losses"] = liger_step(inputs)
         yield Case(
             "logprobs", f"forward + backward {rows}x{vocab} bfloat16", found, 3 * inputs.first[0].nbytes,
-            lambda: step(_logprobs64, few[0].double(), few[1]), writes=True,
+            lambda: step(_logprobs64, few[0].double(), few[1], upstream[at]), writes=True,
         )  # fmt: skip
 
 
@@ -170,14 +177,15 @@ def losses_of_logits(setting: Setting) -> Iterator[Case]:
             return x, y, old, setting.randn(rows), setting.mask(rows)
 
         inputs = Rotation(make)
-        few = tuple(t[:CHECKED] for t in inputs.first)
+        at = some_of(inputs.first[0])
+        few = tuple(t[at] for t in inputs.first)
 
         def step(f: Callable[..., Tensor], x: Tensor, *rest: Tensor) -> Tensor:
             leaf = x.detach().requires_grad_()
             return gradient(f(leaf, *rest), None, leaf)
 
         def variant(f: Callable[..., Tensor], floor_bytes: float | None = None) -> Variant:
-            return Variant(lambda: step(f, *inputs.take()), lambda: step(f, *few), floor_bytes)
+            return Variant(lambda: step(f, *inputs.take()), lambda: step(f, *inputs.first)[at], floor_bytes)
 
         def separate(name: str) -> Variant:
             def f(x: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
@@ -185,12 +193,10 @@ def losses_of_logits(setting: Setting) -> Iterator[Case]:
 
             return variant(f, 3 * inputs.first[0].nbytes)
 
-        found = {}
-        if hasattr(fastrlhf, "logits_policy_loss"):
-            fused = fastrlhf.logits_policy_loss
-            found = variants(
-                setting, "logits_policy_loss", lambda name: variant(lambda *a: fused(*a, backend=name).loss)
-            )  # fmt: skip
+        fused = fastrlhf.logits_policy_loss
+        found = variants(
+            setting, "logits_policy_loss", lambda name: variant(lambda *a: fused(*a, backend=name).loss)
+        )  # fmt: skip
         found |= {f"{name}, op by op": v for name, v in variants(setting, "logprobs", separate).items()}
         plain = compiled(policy_of_logits)
         found |= {"torch eager": variant(policy_of_logits), "torch.compile": Variant(lambda: step(plain, *inputs.take()))}
@@ -198,7 +204,8 @@ def losses_of_logits(setting: Setting) -> Iterator[Case]:
             found["Liger, sum of the losses"] = liger_step(inputs)
         yield Case(
             "logits_policy_loss", f"forward + backward {rows}x{vocab} bfloat16", found, 2 * inputs.first[0].nbytes,
-            lambda: step(_policy_of_logits64, few[0].double(), few[1], few[2].double(), few[3].double(), few[4]), writes=True,
+            lambda: step(_policy_of_logits64, few[0].double(), few[1], few[2].double(), few[3].double(), few[4])
+            * (few[4].sum() / inputs.first[4].sum()), writes=True,
         )  # fmt: skip
 
 
@@ -216,14 +223,15 @@ def divergences(setting: Setting) -> Iterator[Case]:
 
     for direction in ("forward", "reverse"):
         inputs = Rotation(make)
-        few = tuple(t[:CHECKED] for t in inputs.first)
+        at = some_of(inputs.first[0])
+        few = tuple(t[at] for t in inputs.first)
 
         def plain(x: Tensor, y: Tensor) -> Tensor:
             """P from x, Q from y: forward is KL(Q || P)."""
             return kl.plain(x, y) if direction == "forward" else kl.plain(y, x)
 
         def variant(f: Callable[[Tensor, Tensor], Tensor]) -> Variant:
-            return Variant(lambda: f(*inputs.take()), lambda: f(*few))
+            return Variant(lambda: f(*inputs.take()), lambda: f(*inputs.first)[at])
 
         def ours(name: str) -> Variant:
             return variant(lambda x, y: fastrlhf.kl_full(x, y, direction=direction, backend=name))

@@ -28,8 +28,10 @@ def machine() -> dict[str, Any]:
 
     def revision() -> str:
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        out = subprocess.run(command, capture_output=True, text=True)
-        return out.stdout.strip() or "unknown"
+        try:
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+        except OSError:
+            return "unknown"
 
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

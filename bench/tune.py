@@ -19,10 +19,13 @@ import torch
 from fastrlhf.kernels.common import tiles
 from torch import Tensor
 
+from . import gpu
+
 Choice = dict[str, int]
 Call = Callable[[], Any]
 NOISE = 0.02  # a share of the time below which a candidate is not better
 REPEATS = 25
+TABLE = Path(__file__).parent.parent / "kernels" / "common" / "tiles.json"
 
 
 @dataclass(frozen=True)
@@ -210,18 +213,11 @@ TUNED = [
 
 
 def seconds(call: Call) -> float:
-    """The median of what the device takes."""
+    """The median of what the device takes, behind a backlog: a small kernel is not to be timed as the host."""
     for _ in range(3):
         call()
-    times = []
-    for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    calls, backlog = gpu.plan(call)
+    return statistics.median(gpu.sample(call, calls, backlog)[0] for _ in range(REPEATS))
 
 
 def best(present: Choice, timed: list[tuple[Choice, float]]) -> Choice:
@@ -269,17 +265,18 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m bench tune", description=__doc__)
     parser.add_argument("--only", default="", help="some of " + ",".join(t.kernel for t in TUNED))
     parser.add_argument("--dry", action="store_true", help="print, but leave the table")
+    parser.add_argument("--out", type=Path, default=TABLE, help="the table to change; the sources', not the installed copy")
     arguments = parser.parse_args(list(argv))
     if not torch.cuda.is_available():
         print("tune: there is no GPU here, and tiles are chosen by their times on one")
         return 2
     wanted = arguments.only.split(",") if arguments.only else [t.kernel for t in TUNED]
     architecture = tiles.architecture_of(torch.cuda.current_device())
-    table = json.loads(tiles.TABLE.read_text())
+    table = json.loads(arguments.out.read_text())
     like = torch.empty(0, device="cuda")
     for tuned in TUNED:
         if tuned.kernel in wanted:
             table[tuned.kernel][architecture] = tune(tuned, like)
             if not arguments.dry:
-                write(tiles.TABLE, table)
+                write(arguments.out, table)
     return 0

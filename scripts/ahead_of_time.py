@@ -301,7 +301,7 @@ def variants(case: Callable[[], None], architecture: int) -> Iterator[Variant]:
         found.append(
             Variant(
                 kernel.fn.__module__, kernel.fn.__name__, architecture, tuple(signature.items()), tuple(constants.items()),
-                tuple(attributes), tuple(sorted(options.items())),
+                tuple(path for path, known in attributes.items() if known), tuple(sorted(options.items())),
             )
         )  # fmt: skip
 

@@ -4,13 +4,15 @@
     python3 scripts/gpu_check.py --out build/gpu-check --minutes 8
     python3 scripts/gpu_check.py --only bench,plots --minutes 9
 
-Uses the interpreter it runs under and that interpreter's packages; needs no network. A part that passed leaves a stamp in
-the folder and is not run again without --again; a part that fails or runs out of time does not stop the others."""
+Uses the interpreter it runs under and that interpreter's packages; needs no network. A part that passed leaves a stamp in the
+folder and is not run again, as long as its sources and the GPU are the same, without --again. One that fails stops only those
+that need it; one that does not fit into the time says so, and comes first in the next run."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -29,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OUT_OF_TIME = -1
 DEVICE_LOST = 3  # as bench says it
-GRACE = 20  # seconds to write a report after the time is up
+GRACE = 20  # seconds in which pytest and the benchmark write their reports after the time is up
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Run:
     results: Path
     cutlass: str | None = None
     revision: str | None = None
+    gpu: str = "none"
     again: bool = False  # nothing of an earlier invocation counts
     deadline: float = float("inf")  # of the part that runs
 
@@ -61,7 +64,14 @@ class Run:
         path = [str(self.site), str(ROOT), os.environ.get("PYTHONPATH", "")]
         return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in path if p), "PYTHONUNBUFFERED": "1"} | more
 
-    def call(self, command: Sequence[str], log: str, **more: str) -> int:
+    def key(self, sources: Sequence[str]) -> str:
+        """What a result is a result of: the sources, what was built in, the GPU."""
+        digest = hashlib.sha256(f"{self.cutlass}\n".encode())
+        for file in sorted(f for name in sources for f in files_of(ROOT / name)):
+            digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+        return f"{digest.hexdigest()[:16]} on {self.gpu}"
+
+    def call(self, command: Sequence[str], log: str, grace: float = 2, **more: str) -> int:
         """The exit code; OUT_OF_TIME after a friendly interrupt, and a kill of the whole group if that does not help."""
         print(f"   $ {' '.join(command)}", flush=True)
         with (self.out / log).open("w") as file:
@@ -69,11 +79,11 @@ class Run:
                 command, cwd=ROOT, env=self.environment(**more), stdout=file, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
             )
             try:
-                return process.wait(max(1.0, self.left() - GRACE))
+                return process.wait(max(1.0, self.left() - grace))
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE)
+                    process.wait(grace)
                 return OUT_OF_TIME
             finally:
                 with contextlib.suppress(ProcessLookupError):
@@ -82,6 +92,21 @@ class Run:
 
     def tail(self, log: str, lines: int = 12) -> list[str]:
         return (self.out / log).read_text(errors="replace").splitlines()[-lines:]
+
+
+def files_of(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    kinds = {".py", ".cu", ".cuh", ".h", ".cpp", ".cmake", ".json"}
+    return [f for f in path.rglob("*") if f.suffix in kinds and "results" not in f.parts]
+
+
+def gpu_here() -> str:
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip().split("\n")[0] or "none"
+    except (OSError, subprocess.TimeoutExpired):
+        return "none"
 
 
 # --------------------------------------------------------------------------------------------------------------------- build
@@ -100,6 +125,9 @@ def device() -> tuple[str, str]:
     return name, architecture(int(major), int(minor))
 
 
+HEAD_IS_THERE = "from fastrlhf import _cuda; raise SystemExit(not _cuda.has_linear_logprobs(9, 0))"
+
+
 def build(run: Run) -> Outcome:
     name, arch = device()
     cores = len(os.sched_getaffinity(0))
@@ -116,7 +144,10 @@ def build(run: Run) -> Outcome:
     if code:
         return Outcome(False, [*lines, *_why(code), *run.tail("build.log")])
     code = run.call([sys.executable, "-m", "fastrlhf", "doctor"], "doctor.log")
-    return Outcome(code == 0, lines + (run.tail("doctor.log") if code else []))
+    lines += run.tail("doctor.log") if code else []
+    if arch == "90a" and run.call([sys.executable, "-c", HEAD_IS_THERE], "head.log"):
+        lines.append("the Hopper kernels of linear_logprobs were NOT built: no CUTLASS headers (--cutlass FOLDER)")
+    return Outcome(code == 0, lines)
 
 
 def nvcc_times(tree: Path) -> str:
@@ -141,26 +172,22 @@ SUITES = {
 }
 
 
-def tests(run: Run) -> Outcome:
-    """Three runs of pytest, each with a share of the time; what one leaves goes to the next."""
-    outcome, deadline = Outcome(True), run.deadline
-    for i, (name, arguments) in enumerate(SUITES.items()):
-        run.deadline = time.monotonic() + (deadline - time.monotonic()) / (len(SUITES) - i)
+def tests(name: str) -> Callable[[Run], Outcome]:
+    def suite(run: Run) -> Outcome:
         report = run.out / f"{name}.xml"
         report.unlink(missing_ok=True)
         code = run.call(
-            [sys.executable, "-m", "pytest", *arguments, "-p", "no:cacheprovider", f"--junitxml={report}", *helpers()],
-            f"tests-{name}.log",
-        )
+            [sys.executable, "-m", "pytest", *SUITES[name], "-p", "no:cacheprovider", f"--junitxml={report}", *helpers()],
+            f"tests-{name}.log", GRACE,
+        )  # fmt: skip
         counts, failures = junit(report)
-        good = code == 0 and bool(counts)
-        outcome.ok &= good
-        outcome.lines.append(f"{name}: {counts or 'no report'}")
-        if not good:
+        outcome = Outcome(code == 0 and bool(counts), [counts or "no report"])
+        if not outcome.ok:
             outcome.lines += [*_why(code), *failures[:15], *([f"... and {len(failures) - 15} more"] if failures[15:] else [])]
             outcome.lines += [] if failures else run.tail(f"tests-{name}.log", 6)
-    run.deadline = deadline
-    return outcome
+        return outcome
+
+    return suite
 
 
 def helpers() -> list[str]:
@@ -187,40 +214,32 @@ def junit(report: Path) -> tuple[str, list[str]]:
 # ----------------------------------------------------------------------------------------------------------------- sanitizer
 
 
-TOOLS = ("memcheck", "racecheck", "initcheck")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 
 
-def sanitizer(run: Run) -> Outcome:
-    """Every kernel once. initcheck, which also sees torch's own kernels, is reported and decides nothing."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        return Outcome(False, ["compute-sanitizer is not on the PATH"])
-    outcome = Outcome(True)
-    script = [sys.executable, "-m", "tests.gpu.calls", "--device", "cuda", "--backend"]
-    # without torch's pool every tensor is an allocation of its own, beyond whose ends memcheck sees
-    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for backend in ("triton", "cuda"):
-        code = run.call([*script, backend], f"calls-{backend}.log")  # compiles, and shows what fails by itself
-        if code:
-            outcome.ok = False
-            outcome.lines += [f"{backend}: the calls fail by themselves", *_why(code), *run.tail(f"calls-{backend}.log", 6)]
-    for check in TOOLS:
+def sanitizer(check: str) -> Callable[[Run], Outcome]:
+    """Every kernel on small inputs under one tool."""
+
+    def under(run: Run) -> Outcome:
+        tool = shutil.which("compute-sanitizer")
+        if tool is None:
+            return Outcome(False, ["compute-sanitizer is not on the PATH"])
+        outcome = Outcome(True)
+        script = [sys.executable, "-m", "tests.gpu.calls", "--device", "cuda", "--backend"]
+        command = [tool, "--tool", check, "--target-processes", "application-only", "--print-limit", "20"]
         for backend in ("cuda", "triton"):
             log = f"{check}-{backend}.log"
-            if run.left() < 2 * GRACE:
-                outcome.ok &= check == "initcheck"
-                outcome.lines.append(f"{check} {backend}: no time left")
-                continue
-            command = [tool, "--tool", check, "--target-processes", "application-only", "--print-limit", "20"]
-            code = run.call([*command, *script, backend], log, **alone)
+            # without torch's pool every tensor is an allocation of its own, beyond whose ends memcheck sees
+            code = run.call([*command, *script, backend], log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
             found = SUMMARY.findall((run.out / log).read_text(errors="replace"))
             good = code == 0 and bool(found) and not any(map(int, found))
-            outcome.ok &= good or check == "initcheck"
-            outcome.lines.append(f"{check} {backend}: {found[-1] + ' found' if found else 'no summary'}")
+            outcome.ok &= good
+            outcome.lines.append(f"{backend}: {found[-1] + ' found' if found else 'no summary'}")
             if not good:
                 outcome.lines += [*_why(code), *run.tail(log, 6 if not found else 2)]
-    return outcome
+        return outcome
+
+    return under
 
 
 # ------------------------------------------------------------------------------------------------------------- bench, plots
@@ -231,24 +250,13 @@ def bench(run: Run) -> Outcome:
     file = run.out / "bench.json"
     if run.again:
         file.unlink(missing_ok=True)
+    options = ["--sources", run.key(BENCHMARKED), *(["--revision", run.revision] if run.revision else [])]
     code, attempt = DEVICE_LOST, 0
     while code == DEVICE_LOST and attempt < 5:
         attempt += 1
-        minutes = (run.left() - 2 * GRACE) / 60
-        options = ["--revision", run.revision] if run.revision else []
-        command = [
-            sys.executable,
-            "-m",
-            "bench",
-            "--device",
-            "cuda",
-            "--minutes",
-            f"{minutes:.2f}",
-            "--out",
-            str(file),
-            *options,
-        ]
-        code = run.call(command, f"bench-{attempt}.log")
+        minutes = f"{(run.left() - 2 * GRACE) / 60:.2f}"
+        command = [sys.executable, "-m", "bench", "--device", "cuda", "--minutes", minutes, "--out", str(file), *options]
+        code = run.call([*command, *(["--keep-skipped"] if attempt > 1 else [])], f"bench-{attempt}.log", GRACE)
     if not file.exists():
         return Outcome(False, [*_why(code), *run.tail(f"bench-{attempt}.log")])
     data = json.loads(file.read_text())
@@ -285,42 +293,67 @@ def _why(code: int) -> list[str]:
 class Part:
     name: str
     run: Callable[[Run], Outcome]
-    weight: float  # of the time there is; what a part leaves goes to those after it
+    seconds: float  # expected on 16 cores, at the most; of the time there is, its share. What a part leaves goes to the rest
+    sources: tuple[str, ...] | None = ()  # None: it leaves no stamp
+    needs: tuple[str, ...] = ("build",)
+    least: float = 20  # with less it is not begun
+
+    @property
+    def group(self) -> str:
+        return self.name.split("-")[0]
 
 
+BUILT = ("CMakeLists.txt", "pyproject.toml", "cmake", "src", "kernels", "python")
+TESTED, BENCHMARKED = (*BUILT, "tests", "bench"), (*BUILT, "bench")
 PARTS = [
-    Part("build", build, 2.5), Part("tests", tests, 4), Part("sanitizer", sanitizer, 3), Part("bench", bench, 6),
-    Part("plots", plots, 0.5),
-]  # fmt: skip
+    Part("build", build, 150, BUILT, (), 60),  # the slowest file takes 45 s on a quiet core; ninja goes on where it was stopped
+    *(Part(f"tests-{name}", tests(name), 50, TESTED) for name in SUITES),
+    *(Part(f"sanitizer-{tool}", sanitizer(tool), 35, TESTED) for tool in ("memcheck", "racecheck")),
+    Part("bench", bench, 100, BENCHMARKED, least=60),
+    Part("plots", plots, 10, None, least=5),
+]
 
 
 def chosen(only: str, parts: Sequence[Part]) -> list[Part]:
-    """In the order in which they build on each other."""
+    """By name or by what comes before the dash, in the order in which they build on each other."""
     names = [n for n in only.split(",") if n] or [p.name for p in parts]
-    unknown = set(names) - {p.name for p in parts}
-    if unknown:
-        raise ValueError(f"--only: no part {sorted(unknown)}; there are {[p.name for p in parts]}")
-    return [p for p in parts if p.name in names]
+    known = {p.name for p in parts} | {p.group for p in parts}
+    if set(names) - known:
+        raise ValueError(f"--only: no part {sorted(set(names) - known)}; there are {[p.name for p in parts]}")
+    return [p for p in parts if p.name in names or p.group in names]
 
 
-def check(run: Run, parts: Sequence[Part], minutes: float) -> dict[str, str]:
-    """Runs what has no stamp yet and says of each part how it went."""
+def stamped(run: Run, part: Part) -> str | None:
+    """How long it took, where it passed with these sources on this GPU."""
+    if part.sources is None:
+        return None
+    file = run.out / "stamps" / part.name
+    took, _, key = file.read_text().partition("\n") if file.exists() else ("", "", "")
+    return took if took and key.strip() == run.key(part.sources) else None
+
+
+def check(run: Run, parts: Sequence[Part], minutes: float, every: Sequence[Part] = ()) -> dict[str, str]:
+    """Runs what has no valid stamp yet and says of each part how it went; `every`: those that others may need."""
     end = time.monotonic() + 60 * minutes
-    stamps = run.out / "stamps"
-    stamps.mkdir(parents=True, exist_ok=True)
+    (run.out / "stamps").mkdir(parents=True, exist_ok=True)
     verdicts = {}
-    for i, part in enumerate(parts):
-        stamp = stamps / part.name
-        if stamp.exists() and not run.again:
-            verdicts[part.name] = f"passed before ({stamp.read_text().strip()})"
+    open_ = [p for p in parts if run.again or stamped(run, p) is None]
+    by_name = {p.name: p for p in (*every, *parts)}
+    for part in parts:
+        if part not in open_:
+            verdicts[part.name] = f"passed before ({stamped(run, part)})"
             continue
+        stamp = run.out / "stamps" / part.name
         stamp.unlink(missing_ok=True)
-        if time.monotonic() > end:
-            verdicts[part.name] = "FAILED: no time left"
-            continue
+        missing = [n for n in part.needs if n in by_name and stamped(run, by_name[n]) is None]
         began = time.monotonic()
-        share = part.weight / sum(p.weight for p in parts[i:])
-        run.deadline = began + (end - began) * share
+        run.deadline = began + (end - began) * part.seconds / sum(p.seconds for p in open_[open_.index(part) :])
+        if missing:
+            verdicts[part.name] = f"not run: needs {', '.join(missing)}"
+            continue
+        if run.deadline - began < part.least:
+            verdicts[part.name] = "not run: no time left; the next run begins with it"
+            continue
         print(f"== {part.name}, at most {run.left():.0f} s", flush=True)
         try:
             outcome = part.run(run)
@@ -328,8 +361,8 @@ def check(run: Run, parts: Sequence[Part], minutes: float) -> dict[str, str]:
             outcome = Outcome(False, [f"{type(error).__name__}: {error}"])
         took = f"{time.monotonic() - began:.0f} s"
         print("\n".join(f"   {line}" for line in outcome.lines), flush=True)
-        if outcome.ok:
-            stamp.write_text(took + "\n")
+        if outcome.ok and part.sources is not None:
+            stamp.write_text(f"{took}\n{run.key(part.sources)}\n")
         verdicts[part.name] = f"passed in {took}" if outcome.ok else f"FAILED after {took}"
     return verdicts
 
@@ -338,7 +371,7 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check", help="stamps, logs, reports and the build")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="where figures and plots are kept")
-    parser.add_argument("--only", default="", help=f"some of {','.join(p.name for p in parts)}")
+    parser.add_argument("--only", default="", help=f"some of {','.join(p.name for p in parts)}, or tests, or sanitizer")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it")
     parser.add_argument("--again", action="store_true", help="also what passed before")
     parser.add_argument("--cutlass", help="folder of CUTLASS's headers")
@@ -348,13 +381,13 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) 
         selected = chosen(given.only, parts)
     except ValueError as error:
         parser.error(str(error))
-    run = Run(given.out.resolve(), given.results.resolve(), given.cutlass, given.revision, given.again)
+    run = Run(given.out.resolve(), given.results.resolve(), given.cutlass, given.revision, gpu_here(), given.again)
     run.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # takes what is running along
-    verdicts = check(run, selected, given.minutes)
+    verdicts = check(run, selected, given.minutes, parts)
     width = max(map(len, verdicts))
     print("\n" + "\n".join(f"{name.ljust(width)}  {verdict}" for name, verdict in verdicts.items()))
-    return 1 if any(v.startswith("FAILED") for v in verdicts.values()) else 0
+    return 0 if all(v.startswith("passed") for v in verdicts.values()) else 1
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,27 @@ def test_an_architectures_rows_are_the_ones_chosen():
     with tiles.chosen_for("sm_90"):
         assert tiles.tile("gae.rollout", like, 100)["BLOCK"] == 1024
     assert tiles.tile("gae.rollout", like, 100)["BLOCK"] == 512
+
+
+def test_the_sources_table_is_written_and_no_installed_one(monkeypatch, tmp_path, capsys):
+    assert tune.TABLE.samefile(Path(__file__).parents[1] / "kernels" / "common" / "tiles.json")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tiles, "architecture_of", lambda index: "sm_99")
+    monkeypatch.setattr(tune.torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(tune, "tune", lambda tuned, like: [[None, {"BLOCK": 7}]])
+    out, before = tmp_path / "tiles.json", tiles.TABLE.read_text()
+    out.write_text(before)
+    assert tune.main(["--only", "kl", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["kl"]["sm_99"] == [[None, {"BLOCK": 7}]] and tiles.TABLE.read_text() == before
+
+
+def test_a_call_is_timed_behind_a_backlog(monkeypatch):
+    """Otherwise a kernel that is shorter than its launch would be timed as the host."""
+    seen = []
+    monkeypatch.setattr(tune.gpu, "sample", lambda run, calls, backlog: (seen.append((calls, backlog)), (2e-6, 1e-5))[1])
+    assert tune.seconds(lambda: None) == 2e-6
+    assert seen[-1] == (8, pytest.approx(2 * 1e-5 * 8 + 5e-5)) and seen[:3] == [(1, 0)] * 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

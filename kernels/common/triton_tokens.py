@@ -1,4 +1,7 @@
-"""The rows of the token-level Triton kernels: (B, T) with any strides, the segments of a pack, or (T) as one row."""
+"""The rows of the token-level Triton kernels: (B, T) with any strides, the segments of a pack, or (T) as one row.
+
+What varies from call to call compiles nothing anew: lengths and row strides are not specialised but for one flag, ALIGNED;
+of a column stride only whether it is 1. So a call has two variants by its lengths, ALIGNED and not."""
 
 from __future__ import annotations
 
@@ -44,8 +47,11 @@ def row_bounds(row, cu_seqlens, length):
 
 @triton.jit
 def load_tokens(x, row, at, row_stride, col_stride, lane, inside):
-    """Tokens at + lane of a row as float32, 0 outside. Row strides of packs are 0, and `at` counts from the pack's start."""
-    return tl.load(x + row * row_stride + (at + lane) * col_stride, mask=inside, other=0).to(tl.float32)
+    """Tokens at + lane of an int64 row as float32, 0 outside. Packs: row strides are 0, `at` counts from the pack's start."""
+    column = at + lane
+    if not isinstance(col_stride, tl.constexpr):  # not 1
+        column = column.to(tl.int64) * col_stride
+    return tl.load(x + row * row_stride + column, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -60,6 +66,11 @@ def load_mask(mask, row, at, row_stride, col_stride, lane, inside):
 def plain(t: torch.Tensor | None) -> torch.Tensor | None:
     """Bool as bytes, so that a mask's two one-byte types are one kernel."""
     return t.view(torch.uint8) if t is not None and t.dtype == torch.bool else t
+
+
+def aligned(length: int, *tensors: torch.Tensor | None) -> bool:
+    """ALIGNED of a launch: the length and the row strides are multiples of 16."""
+    return length > 0 and length % 16 == 0 and not any(t is not None and t.dim() == 2 and t.stride(0) % 16 for t in tensors)
 
 
 def strides(t: torch.Tensor | None) -> tuple[int, int]:

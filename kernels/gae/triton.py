@@ -13,6 +13,9 @@ from ..common.tiles import tile
 from ..common.triton_kl import bounded, kl_clamped
 from ..common.triton_tokens import load_mask, load_tokens, plain, row_bounds, row_shape, strides
 
+_INPUTS = ("rewards", "logprobs", "ref", "values", "mask")
+_RUNTIME, _COLUMNS = ["length", *(f"s_{x}" for x in _INPUTS)], [*(f"c_{x}" for x in _INPUTS), "s_scores", "s_bootstrap"]
+
 
 @triton.jit
 def _then(p, q, d, e, p2, q2, d2, e2):
@@ -42,7 +45,7 @@ def _load(
     return x, y, v, load_mask(mask, row, at, s_mask, c_mask, lane, inside)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_COLUMNS)
 def rollout_kernel(
     rewards, scores, logprobs, ref_logprobs, values, mask, bootstrap, cu_seqlens, lams,
     shaped, kl, advantages, returns, length,

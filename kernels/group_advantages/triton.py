@@ -11,7 +11,7 @@ from ..common.tiles import tile
 from ..common.triton_tokens import plain
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["s_scores", "s_ids", "s_lengths"])
 def group_kernel(
     scores, group_ids, lengths, advantages, n, s_scores, s_ids, s_lengths, eps,
     KIND: tl.constexpr, UNBIASED: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,

@@ -12,7 +12,7 @@ from ..common.triton_kl import kl_clamped
 from ..common.triton_tokens import known_multiple
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["s_logprobs", "s_ref"])
 def kl_kernel(
     logprobs, ref_logprobs, grad, out, n, s_logprobs, s_ref, clamp_input, clamp_output,
     KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,

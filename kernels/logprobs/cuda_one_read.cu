@@ -22,18 +22,49 @@ struct Slices {
 
 struct BlockTotals { double sum, weighted; float max, label; };
 
+// The gradient of a row's logits: factor and constant as for `row_gradient`, in units of log 2; `label` more at the label.
+struct RowSlope {
+  float max, constant, factor, label;
+  bool nothing;
+};
+
 struct Head {
   uint64_t arrived[most_stages];
   BlockTotals totals[2];                            // by turns: a block may be a row ahead
+  RowSlope slope;
   double space[2 * (one_read_threads / 32)];
 };
 static_assert(sizeof(Head) <= head_bytes, "");
+
+// By the mathematics of policy_loss.
+template <PolicyKind kind>
+__device__ __forceinline__ RowSlope row_slope(const cuda::OneReadArgs& args, int64_t row, const RowTotals& all, float label, double scale) {
+  const PolicyArgs& p = args.policy;
+  const double log_sum = log_of_sum(all.sum), entropy = entropy_of(log_sum, all.weighted, all.sum);
+  const float logprob = static_cast<float>(logprob_of(label, all.max, scale, log_sum));
+  const Place place{&p.rows, 0, true};
+  auto value = [&](const Array& from) {
+    float v[group] = {};
+    if (from) place.load(from, row, 1, v);
+    return Lane{v[0]};
+  };
+  float mask[group];
+  place.load_mask(p.mask, row, 1, mask);
+  const Token<Lane> token{{mask[0]}, {logprob}, value(p.old_logprobs), value(p.advantages), value(p.rollout_logprobs),
+                          value(p.ref_logprobs), {static_cast<float>(entropy)}};
+  TokenSums<Lane> sums;
+  const Lane slope = sums.template add<kind>(p, RowPlan{}, token);
+  const double weight = mask[0] != 0 ? static_cast<double>(mask[0]) * *args.share : 0.0;
+  const double g = weight != 0 ? weight * slope.r : 0.0, g_entropy = args.entropy_term ? -weight * p.entropy_coef : 0.0;
+  const RowGradient of = row_gradient(g, g_entropy, 0, entropy, static_cast<float>(log_sum), scale);
+  return {all.max, static_cast<float>(of.constant), static_cast<float>(of.slope * static_cast<double>(ln2)), static_cast<float>(g * scale),
+          g == 0 && g_entropy == 0};
+}
 
 template <class S, PolicyKind kind>
 __global__ void __launch_bounds__(one_read_threads, 1) one_read_kernel(cuda::OneReadArgs args, Slices slices) {
 #if defined(FASTRLHF_CLUSTERS)
   const LogprobsArgs& a = args.logprobs;
-  const PolicyArgs& p = args.policy;
   Head& head = *reinterpret_cast<Head*>(block_memory());
   const unsigned rank = cluster_rank();
   const int64_t begin = rank * slices.columns, end = begin + slices.columns < a.vocab ? begin + slices.columns : a.vocab;
@@ -95,48 +126,36 @@ __global__ void __launch_bounds__(one_read_threads, 1) one_read_kernel(cuda::One
       const int64_t y = label_column(a, row, 0) - begin;
       if (threadIdx.x == 0) head.totals[turn] = {own.sum, own.weighted, own.max, y >= 0 && y < mine ? to_float(x[y]) : -INFINITY};
       cluster_barrier();
-      RowTotals all;
-      float label = -INFINITY;
-      for (int r = 0; r < slices.cluster; ++r) {
-        const BlockTotals there = *of_block(&head.totals[turn], static_cast<unsigned>(r));
-        RowTotals one;
-        one.max = there.max, one.sum = there.sum, one.weighted = there.weighted;
-        all.merge(one, scale);
-        if (!(there.label <= label)) label = there.label;
+      if (warp_id() == 0) {  // what concerns the row as a whole, much of it in double
+        BlockTotals there = {};
+        if (lane_id() < slices.cluster) there = *of_block(&head.totals[turn], static_cast<unsigned>(lane_id()));
+        RowTotals all;
+        float label = -INFINITY;
+        for (int r = 0; r < slices.cluster; ++r) {
+          RowTotals one;
+          one.max = __shfl_sync(all_lanes, there.max, r);
+          one.sum = __shfl_sync(all_lanes, there.sum, r), one.weighted = __shfl_sync(all_lanes, there.weighted, r);
+          all.merge(one, scale);
+          const float other = __shfl_sync(all_lanes, there.label, r);
+          if (!(other <= label)) label = other;
+        }
+        if (rank == 0) write_row(a, row, all, [&](int64_t) { return label; });
+        const RowSlope slope = row_slope<kind>(args, row, all, label, scale);
+        if (threadIdx.x == 0) head.slope = slope;
       }
-      if (rank == 0) write_row(a, row, all, [&](int64_t) { return label; });
-      const double log_sum = log_of_sum(all.sum), entropy = entropy_of(log_sum, all.weighted, all.sum);
-      const float logprob = static_cast<float>(logprob_of(label, all.max, scale, log_sum));
-
-      // the token's loss, by the mathematics of policy_loss
-      const Place place{&p.rows, 0, true};
-      auto value = [&](const Array& from) {
-        float v[group] = {};
-        if (from) place.load(from, row, 1, v);
-        return Lane{v[0]};
-      };
-      float mask[group];
-      place.load_mask(p.mask, row, 1, mask);
-      const Token<Lane> token{{mask[0]}, {logprob}, value(p.old_logprobs), value(p.advantages), value(p.rollout_logprobs),
-                              value(p.ref_logprobs), {static_cast<float>(entropy)}};
-      TokenSums<Lane> sums;
-      const Lane slope = sums.template add<kind>(p, RowPlan{}, token);
-      const double weight = mask[0] != 0 ? static_cast<double>(mask[0]) * *args.share : 0.0;
-      const double g = weight != 0 ? weight * slope.r : 0.0, g_entropy = args.entropy_term ? -weight * p.entropy_coef : 0.0;
-      const RowGradient of = row_gradient(g, g_entropy, 0, entropy, static_cast<float>(log_sum), scale);
-      const float m = all.max, constant = static_cast<float>(of.constant), factor = static_cast<float>(of.slope * static_cast<double>(ln2));
-      const bool nothing = g == 0 && g_entropy == 0;
+      __syncthreads();
+      const RowSlope of = head.slope;
       for (int64_t at = threadIdx.x * chunk<S>; at < mine; at += one_read_threads * chunk<S>) {
         float v[chunk<S>];
         load(at, v);
 #pragma unroll
         for (int i = 0; i < chunk<S>; ++i) {
-          const float u = (v[i] - m) * c;
-          v[i] = nothing ? 0.f : exp2_fast(u) * fmaf(fmaxf(u, -200.f), factor, constant);
+          const float u = (v[i] - of.max) * c;
+          v[i] = of.nothing ? 0.f : exp2_fast(u) * fmaf(fmaxf(u, -200.f), of.factor, of.constant);
         }
         if (y >= at && y < at + chunk<S>) {
 #pragma unroll
-          for (int i = 0; i < chunk<S>; ++i) if (at + i == y) v[i] += static_cast<float>(g * scale);
+          for (int i = 0; i < chunk<S>; ++i) if (at + i == y) v[i] += of.label;
         }
         store(at, v);
       }

@@ -12,6 +12,7 @@ from ..common.tiles import tile
 from ..common.triton_moments import column_moments, merged, tile_moments
 from ..common.triton_reduction import is_last, pick, put
 from ..common.triton_tokens import (
+    aligned,
     as_one_row,
     fold,
     known_multiple,
@@ -27,15 +28,17 @@ from ..common.triton_tokens import (
 PROGRAMS = 1024
 SHORT = 256  # tokens of a padded row up to which a program takes many
 PART = 32768  # tokens of a padded row from which on several programs share it
+_RUNTIME, _COLUMNS = ["rows", "length", "parts", "s_x", "s_mask"], ["c_x", "c_mask"]
 
 
-@triton.jit(do_not_specialize=["rows", "length"])
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_COLUMNS)
 def moments_kernel(
     x, mask, out, variance, counter, partials, rows, length, s_x, c_x, s_mask, c_mask,
     UNBIASED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(n, mean, M2) of a tile at a time, merged within a program and then, by the last one, over programs."""
     length = known_multiple(length, ALIGNED)
+    s_x, s_mask = known_multiple(s_x, ALIGNED), known_multiple(s_mask, ALIGNED)
     row_tiles = tl.cdiv(length, BLOCK)
     lane = lanes(BLOCK)
     n, mean, m2 = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
@@ -80,7 +83,7 @@ def moments(
     launch(
         moments_kernel, (programs,), x, plain(mask), out, variance, counter,
         torch.empty((4, programs), dtype=torch.float64, device=x.device), rows, length, *strides(x), *strides(mask),
-        UNBIASED=unbiased, ALIGNED=length > 0 and length % 16 == 0, **choice,
+        UNBIASED=unbiased, ALIGNED=aligned(length, x, mask), **choice,
     )  # fmt: skip
 
 
@@ -108,24 +111,26 @@ def _write_row(sums, counts, row, total, count, inside, AVERAGE: tl.constexpr):
         tl.store(counts + row, count.to(tl.float32), mask=inside)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_COLUMNS)
 def row_sums_kernel(
     x, mask, cu_seqlens, sums, counts, length, s_x, c_x, s_mask, c_mask,
     AVERAGE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row a program."""
     row = tl.program_id(0).to(tl.int64)
+    s_x, s_mask = known_multiple(s_x, ALIGNED), known_multiple(s_mask, ALIGNED)
     start, size = row_bounds(row, cu_seqlens, known_multiple(length, ALIGNED))
     total, count = _sum_and_count(x, mask, row, start, 0, size, s_x, c_x, s_mask, c_mask, BLOCK)
     _write_row(sums, counts, row, total, count, row >= 0, AVERAGE)
 
 
-@triton.jit(do_not_specialize=["rows", "length"])
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_COLUMNS)
 def short_row_sums_kernel(
     x, mask, sums, counts, rows, length, s_x, c_x, s_mask, c_mask,
-    AVERAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    AVERAGE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Many rows a program, so that short ones, and columns of a matrix, are read as wide as long ones are."""
+    s_x, s_mask = known_multiple(s_x, ALIGNED), known_multiple(s_mask, ALIGNED)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     total, count = tl.zeros([ROWS, BLOCK], tl.float64), tl.zeros([ROWS, BLOCK], tl.float64)
     for first in range(0, length, BLOCK):
@@ -138,13 +143,14 @@ def short_row_sums_kernel(
     _write_row(sums, counts, row, tl.sum(total, 1), tl.sum(count, 1), row < rows, AVERAGE)
 
 
-@triton.jit(do_not_specialize=["rows", "length", "parts"])
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_COLUMNS)
 def long_row_sums_kernel(
     x, mask, sums, counts, counter, partials, rows, length, parts, s_x, c_x, s_mask, c_mask,
     AVERAGE: tl.constexpr, ALIGNED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Parts of rows; the last program adds them up, a few rows at a time."""
     length = known_multiple(length, ALIGNED)
+    s_x, s_mask = known_multiple(s_x, ALIGNED), known_multiple(s_mask, ALIGNED)
     row, begin = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * PART
     total, count = _sum_and_count(
         x, mask, row, row * 0, begin, tl.minimum(length, begin + PART), s_x, c_x, s_mask, c_mask, BLOCK
@@ -177,18 +183,17 @@ def row_sums(
     """Masked sums or means of rows, and their counts where they are wanted."""
     rows, length = row_shape(x, cu_seqlens)
     choice = tile("masked_stats.row_sums", x, length)
-    aligned = length > 0 and length % 16 == 0
     if cu_seqlens is None and length <= SHORT:
         choice = tile("masked_stats.short_row_sums", x, length)
         launch(
             short_row_sums_kernel, (triton.cdiv(rows, choice["ROWS"]),), x, plain(mask), sums, counts, rows, length,
-            *strides(x), *strides(mask), AVERAGE=average, **choice,
+            *strides(x), *strides(mask), AVERAGE=average, ALIGNED=aligned(length, x, mask), **choice,
         )  # fmt: skip
         return
     if length < PART:
         launch(
             row_sums_kernel, (rows,), x, plain(mask), cu_seqlens, sums, counts, length, *strides(x), *strides(mask),
-            AVERAGE=average, ALIGNED=aligned, **choice,
+            AVERAGE=average, ALIGNED=aligned(length, x, mask), **choice,
         )  # fmt: skip
         return
     part = PART // 4
@@ -196,17 +201,18 @@ def row_sums(
     launch(
         long_row_sums_kernel, (rows * parts,), x, plain(mask), sums, counts, counter,
         torch.empty((2, rows * parts), dtype=torch.float64, device=x.device), rows, length, parts, *strides(x), *strides(mask),
-        AVERAGE=average, ALIGNED=aligned, PART=part, **choice,
+        AVERAGE=average, ALIGNED=aligned(length, x, mask), PART=part, **choice,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_COLUMNS)
 def standardize_kernel(
     x, mask, moments, out, length, eps, s_x, c_x, s_mask, c_mask,
     SHIFT_MEAN: tl.constexpr, UNBIASED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(x - mean) / √(var + eps), + mean unless the mean is shifted away; 0 where the mask is."""
     length = known_multiple(length, ALIGNED)
+    s_x, s_mask = known_multiple(s_x, ALIGNED), known_multiple(s_mask, ALIGNED)
     row_tiles = tl.cdiv(length, BLOCK)
     row, first = (tl.program_id(0) // row_tiles).to(tl.int64), tl.program_id(0) % row_tiles * BLOCK
     lane = lanes(BLOCK)
@@ -240,6 +246,6 @@ def standardize(
     choice = tile("masked_stats.standardize", x, length)
     launch(
         standardize_kernel, (rows * triton.cdiv(length, choice["BLOCK"]),), x, plain(mask), moments, out, length, float(eps),
-        *strides(x), *strides(mask), SHIFT_MEAN=shift_mean, UNBIASED=unbiased, ALIGNED=length > 0 and length % 16 == 0,
+        *strides(x), *strides(mask), SHIFT_MEAN=shift_mean, UNBIASED=unbiased, ALIGNED=aligned(length, x, mask),
         **choice,
     )  # fmt: skip

@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(unit_threads, ByRow ? 1 : 3) policy_kernel(Pol
     plan = plan_row(a, place, space, row_tokens);
     add_tokens<kind>(a, place, plan, 0, place.size(), sums);
   } else {
-    const int64_t begin = static_cast<int64_t>(blockIdx.x) * unit_size, total = place.size();
-    add_tokens<kind>(a, place, plan, begin, begin + unit_size < total ? begin + unit_size : total, sums);
+    const int64_t total = place.size(), unit = flat_unit(total), begin = static_cast<int64_t>(blockIdx.x) * unit;
+    add_tokens<kind>(a, place, plan, begin, begin + unit < total ? begin + unit : total, sums);
   }
   double x[PolicySums::size] = {
       sums.loss.r * plan.weight, sums.low.r, sums.high.r, sums.dual.r, sums.ratio.r, sums.k1.r, sums.k3.r, sums.ref_kl.r, sums.entropy.r,
@@ -114,12 +114,13 @@ __global__ void __launch_bounds__(unit_threads, ByRow ? 1 : 3) policy_kernel(Pol
 #pragma unroll
     for (int i = 0; i < partial_size; ++i) all[i] = reduce_policy(i, all[i], load_shared_by_blocks(partials + p * partial_size + i));
   block_reduce(all, space, reduce_policy);
+  const int64_t length = longest_row(a.reduction, a.rows, space);
   if (threadIdx.x != 0) return;
 #pragma unroll
   for (int i = 0; i < PolicySums::size; ++i) space[i] = all[i];  // indexed below: in registers it could not be
   Totals totals;
   totals.tokens = all[9], totals.sequences = all[PolicySums::size];
-  const double share = share_of(a.reduction, results.denominator ? *results.denominator : a.denominator, totals, longest_row(a.rows));
+  const double share = share_of(a.reduction, results.denominator ? *results.denominator : a.denominator, totals, length);
   PolicySums::write(space, share, [&](int i, double value) { *(i == 0 ? results.loss : results.stats + i - 1) = static_cast<float>(value); });
   *results.share = static_cast<float>(share);
 }
@@ -168,7 +169,7 @@ int policy_loss(const PolicyArgs& a, const LossResults& results, const Launch& l
   const bool over_tokens = a.reduction == Reduction::token_mean || a.reduction == Reduction::token_sum;
   const bool rows_matter = by_sequence(a.kind) || corrects_sequences(a) || !over_tokens || (a.advantages.per_row && a.rows.cu_seqlens);
   const bool by_row = rows_matter && a.rows.count > 0;
-  const int64_t wanted = by_row ? a.rows.count : units_of(a.rows.total()), blocks = wanted > 0 ? wanted : 1;
+  const int64_t total = a.rows.total(), wanted = by_row ? a.rows.count : units_of(total, flat_unit(total)), blocks = wanted > 0 ? wanted : 1;
   if (partial_size * blocks > l.workspace_size) return no_workspace;
   int status = 0;
   with_policy_kind(a.kind, [&](auto kind) {

@@ -12,6 +12,7 @@ from ..common.tiles import tile
 from ..common.triton_kl import accurate_exp, bounded, expm1_minus_x, kl_clamped
 from ..common.triton_reduction import global_share, is_last, largest_of, pick, put, row_factor, sum_of, total_of
 from ..common.triton_tokens import (
+    aligned,
     fold,
     fold_max,
     known_multiple,
@@ -26,6 +27,7 @@ from ..common.triton_tokens import (
 
 STATS = 15
 PROGRAMS = 1024  # that share all tiles or rows: a few waves, and few columns for the last one to add up
+_RUNTIME, _COLUMNS = ["rows", "length", *(f"s{i}" for i in range(7))], [f"c{i}" for i in range(7)]
 SUMS = 2 + STATS  # a program's column: the loss, an entry for each statistic, the sequences with a token that counts
 
 
@@ -188,7 +190,7 @@ def _finish(
         tl.store(stats + k - 1, tl.where(some, value, 0.0), mask=k > 0)
 
 
-@triton.jit(do_not_specialize=["rows", "length"])
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_COLUMNS)
 def token_kernel(
     logprobs, old_logprobs, advantages, mask, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, denominator,
     grad_logprobs, grad_entropy, loss, stats, share, counter, partials, rows, length,
@@ -196,10 +198,13 @@ def token_kernel(
     clip_low, clip_high, floor, ceiling, dual_clip, ratio_clamp, delta, tau_pos, tau_neg, correction_low, correction_high,
     kl_coef, entropy_coef,
     KIND: tl.constexpr, CORRECTION: tl.constexpr, LEVEL: tl.constexpr, KL_KIND: tl.constexpr, REDUCTION: tl.constexpr,
-    POINTER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    POINTER: tl.constexpr, PER_ROW: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What needs nothing of a token's sequence: tiles of all rows, dealt out in turn."""
     length = known_multiple(length, ALIGNED)
+    s0, s1, s2 = known_multiple(s0, ALIGNED), known_multiple(s1, ALIGNED), known_multiple(s2, ALIGNED and not PER_ROW)
+    s3, s4 = known_multiple(s3, ALIGNED), known_multiple(s4, ALIGNED)
+    s5, s6 = known_multiple(s5, ALIGNED), known_multiple(s6, ALIGNED)
     row_tiles = tl.cdiv(length, BLOCK)
     lane = lanes(BLOCK)
     column = _nothing(BLOCK // 4)
@@ -300,7 +305,7 @@ def _close_row(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "length"])
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_COLUMNS)
 def row_kernel(
     logprobs, old_logprobs, advantages, mask, rollout_logprobs, ref_logprobs, entropy, cu_seqlens, denominator,
     grad_logprobs, grad_entropy, loss, stats, share, counter, partials, rows, length,
@@ -308,10 +313,13 @@ def row_kernel(
     clip_low, clip_high, floor, ceiling, dual_clip, ratio_clamp, delta, tau_pos, tau_neg, correction_low, correction_high,
     kl_coef, entropy_coef,
     KIND: tl.constexpr, CORRECTION: tl.constexpr, LEVEL: tl.constexpr, KL_KIND: tl.constexpr, REDUCTION: tl.constexpr,
-    POINTER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    POINTER: tl.constexpr, PER_ROW: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What depends on a token's sequence: whole rows, dealt out in turn; the second read of a row comes from the cache."""
     length = known_multiple(length, ALIGNED)
+    s0, s1, s2 = known_multiple(s0, ALIGNED), known_multiple(s1, ALIGNED), known_multiple(s2, ALIGNED and not PER_ROW)
+    s3, s4 = known_multiple(s3, ALIGNED), known_multiple(s4, ALIGNED)
+    s5, s6 = known_multiple(s5, ALIGNED), known_multiple(s6, ALIGNED)
     lane = lanes(BLOCK)
     column = _nothing(BLOCK // 4)
     sequences = tl.full([], 0.0, tl.float32)
@@ -382,7 +390,8 @@ def policy_loss(
         clip_low, clip_high, 1 - clip_low, 1 + clip_high, dual_clip, ratio_clamp, delta, tau_pos, tau_neg, low, high,
         kl_coef, entropy_coef,
         KIND=kind, CORRECTION=correction, LEVEL=level, KL_KIND=kl_kind, REDUCTION=reduction,
-        POINTER=isinstance(denominator, torch.Tensor), ALIGNED=length > 0 and length % 16 == 0, **choice,
+        POINTER=isinstance(denominator, torch.Tensor), PER_ROW=per_row,
+        ALIGNED=aligned(length, logprobs, old_logprobs, advantages, mask, rollout_logprobs, ref_logprobs, entropy), **choice,
     )  # fmt: skip
 
 

@@ -10,6 +10,10 @@ from ..common.launch import launch
 from ..common.tiles import tile
 from ..common.triton_tokens import plain
 
+_STRIDES = [
+    f"s_{x}" for x in ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_rewards", "rejected_rewards", "lengths")
+]
+
 
 @triton.jit
 def _expm1(x):
@@ -114,7 +118,7 @@ def _store(out, i, x, inside):
         tl.store(out + i, x.to(tl.float32), mask=inside)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=_STRIDES)
 def preference_kernel(
     chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, chosen_lengths, baseline, denominator,
     loss, losses, d_chosen, d_rejected, mean_d_chosen, mean_d_rejected, stats, pairs,
@@ -220,7 +224,7 @@ def _error(predictions, targets, i, s_predictions, s_targets, ignore_value, insi
     return tl.where(counted, _pairs(predictions, i, s_predictions, inside) - target, 0.0), counted
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["s_predictions", "s_targets"])
 def regression_kernel(
     predictions, targets, loss, grad, stats, n, s_predictions, s_targets, ignore_value, BLOCK: tl.constexpr
 ):  # fmt: skip

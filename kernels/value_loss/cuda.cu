@@ -85,10 +85,11 @@ __global__ void __launch_bounds__(unit_threads) value_kernel(ValueArgs a, cuda::
 #pragma unroll
     for (int i = 0; i < 3; ++i) rest[i] += load_shared_by_blocks(partials + p * partial_size + 3 * arrays + i);
   block_sum(rest, space);
+  const int64_t length = longest_row(a.reduction, a.rows, space);
   if (threadIdx.x != 0) return;
   Totals totals;
   totals.tokens = merged[values].n, totals.sequences = rest[2];
-  const double share = share_of(a.reduction, results.denominator ? *results.denominator : a.denominator, totals, longest_row(a.rows));
+  const double share = share_of(a.reduction, results.denominator ? *results.denominator : a.denominator, totals, length);
   *results.loss = static_cast<float>(rest[0] * share);
   results.stats[0] = static_cast<float>(totals.tokens != 0 ? rest[1] / totals.tokens : 0);
   results.stats[1] = static_cast<float>(merged[returns].m2 > 0 ? 1 - merged[residuals].m2 / merged[returns].m2 : 0);

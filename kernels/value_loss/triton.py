@@ -11,11 +11,12 @@ from ..common.tiles import tile
 from ..common.triton_kl import bounded
 from ..common.triton_moments import column_moments, merged, tile_moments
 from ..common.triton_reduction import global_share, is_last, pick, put, row_factor, sum_of
-from ..common.triton_tokens import known_multiple, lanes, load_mask, load_tokens, plain, row_bounds, row_shape, strides
+from ..common.triton_tokens import aligned, known_multiple, lanes, load_mask, load_tokens, plain, row_bounds, row_shape, strides
 
 # loss, clipped, tokens, mean and M2 of the residual, mean and M2 of the returns, mean of the values, sequences
 ENTRIES = 9
 PROGRAMS = 1024
+_RUNTIME, _COLUMNS = ["rows", "length", *(f"s{i}" for i in range(4))], [f"c{i}" for i in range(4)]
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def _nothing():
     return x, x, x, x, x, x, x, x
 
 
-@triton.jit(do_not_specialize=["rows", "length"])
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_COLUMNS)
 def token_kernel(
     values, old_values, returns, mask, cu_seqlens, denominator, grad_values, loss, stats, share, counter, partials,
     rows, length, s0, c0, s1, c1, s2, c2, s3, c3, clip,
@@ -99,6 +100,8 @@ def token_kernel(
 ):  # fmt: skip
     """token-mean and token-sum: tiles of all rows, dealt out in turn."""
     length = known_multiple(length, ALIGNED)
+    s0, s1 = known_multiple(s0, ALIGNED), known_multiple(s1, ALIGNED)
+    s2, s3 = known_multiple(s2, ALIGNED), known_multiple(s3, ALIGNED)
     row_tiles = tl.cdiv(length, BLOCK)
     lane = lanes(BLOCK)
     total = _nothing()
@@ -111,7 +114,7 @@ def token_kernel(
     _finish(total, 0.0, partials, denominator, cu_seqlens, rows, length, loss, stats, share, counter, REDUCTION, POINTER)
 
 
-@triton.jit(do_not_specialize=["rows", "length"])
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_COLUMNS)
 def row_kernel(
     values, old_values, returns, mask, cu_seqlens, denominator, grad_values, loss, stats, share, counter, partials,
     rows, length, s0, c0, s1, c1, s2, c2, s3, c3, clip,
@@ -119,6 +122,8 @@ def row_kernel(
 ):  # fmt: skip
     """Means over sequences: whole rows, dealt out in turn, its tokens counted first."""
     length = known_multiple(length, ALIGNED)
+    s0, s1 = known_multiple(s0, ALIGNED), known_multiple(s1, ALIGNED)
+    s2, s3 = known_multiple(s2, ALIGNED), known_multiple(s3, ALIGNED)
     lane = lanes(BLOCK)
     total = _nothing()
     sequences = tl.full([], 0.0, tl.float64)
@@ -167,5 +172,6 @@ def value_loss(
         values, old_values, returns, plain(mask), None if tokenwise else cu_seqlens, denominator, grad_values, loss, stats,
         share, counter, torch.empty((ENTRIES, programs), dtype=torch.float64, device=values.device), rows, length,
         *strides(values), *strides(old_values), *strides(returns), *strides(mask), float(clip),
-        REDUCTION=reduction, POINTER=isinstance(denominator, torch.Tensor), ALIGNED=length > 0 and length % 16 == 0, **choice,
+        REDUCTION=reduction, POINTER=isinstance(denominator, torch.Tensor), 
+        ALIGNED=aligned(length, values, old_values, returns, mask), **choice,
     )  # fmt: skip

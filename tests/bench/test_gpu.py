@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from bench import bars, gpu_cases, report
-from bench.__main__ import main
+from bench.__main__ import main, measured_before
 from bench.gpu import Rotation
+from tests.gpu import calls
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +69,8 @@ def row(op: str, case: str, variant: str, median: float, **more: Any) -> dict[st
     return {"op": op, "case": case, "variant": variant, "median_s": median, "host_s": 2e-5, "slower_than_ours": 1.0} | more
 
 
-def lines_with(text: str, rows: list[dict[str, Any]], tests: dict[str, bool] | None = None) -> list[str]:
-    return [line for line in bars.table(rows, tests).splitlines() if text in line]
+def lines_with(text: str, rows: list[dict[str, Any]], *tests: dict[str, Any]) -> list[str]:
+    return [line for line in bars.table(rows, *tests).splitlines() if text in line]
 
 
 def test_what_was_not_measured_is_said_to_be_so() -> None:
@@ -107,17 +108,69 @@ def test_the_slowest_call_and_the_tests_count() -> None:
     rows = [row("call", "gae", "fastrlhf", 1e-6), row("call", "sample", "fastrlhf", 1e-6, host_s=3.5e-5)]
     rows.append(row("call", "gae", "fastrlhf triton", 1e-6, host_s=1e-3))
     assert "35.0 us" in lines_with("call time", rows)[0]
-    tests = {"test_graph[gae-cuda]": True, "test_graph[kl-triton]": False, "test_same_bits[gae-cuda]": True}
-    assert "50%" in lines_with("CUDA graph", [], tests)[0] and lines_with("bitwise", [], tests)[0].endswith("  holds")
+    tests = {f"gpu::tests.gpu.test_device::test_graph[{n}]": n != "kl-triton" for n in ("gae-cuda", "kl-triton")}
+    assert "50%" in lines_with("CUDA graph", [], tests)[0]
+
+
+def test_a_run_that_did_not_end_holds_nothing() -> None:
+    """All cases that there are must have passed; one that failed decides. Other suites' tests of the same name do not count."""
+    tests = {f"gpu::tests.gpu.test_device::test_same_bits[{n}]": True for n in "ab"}
+    other = {"gpu::tests.gpu.test_linear_logprobs_sm90::test_same_bits[c]": True}
+    assert lines_with("bitwise", [], tests, {"test_same_bits": 2})[0].endswith("  holds")
+    assert lines_with("bitwise", [], tests | other, {"test_same_bits": 3})[0].endswith("not measured")
+    failed = {"gpu::tests.gpu.test_device::test_same_bits[c]": False}
+    assert lines_with("bitwise", [], tests | failed, {"test_same_bits": 9})[0].endswith("does not hold")
+
+
+def test_every_test_that_a_bar_counts_has_cases() -> None:
+    counts = bars.expected()
+    assert counts["test_graph"] > 90 and counts["test_one_launch"] == 2
+    assert {"logits_policy_loss_128256", "logprobs_128256"} <= {n for _, n in calls.TESTS["test_same_bits"]}
+
+
+def test_flagship_calls_have_rows_on_16_bytes() -> None:
+    for name, call in calls.CALLS.items():
+        if name.endswith(("_128256", "_1000", "_no_entropy")):
+            x = call.make(calls.Maker("cpu"))["logits"]
+            assert x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0, name
 
 
 def test_outcomes_of_tests_are_read_from_junit(tmp_path: Any) -> None:
     file = tmp_path / "gpu.xml"
     file.write_text(
-        "<testsuites><testsuite><testcase name='test_graph[a]'/><testcase name='test_graph[b]'><failure message='x'/></testcase>"
-        "<testcase name='test_graph[c]'><skipped/></testcase></testsuite></testsuites>"
+        "<testsuites><testsuite><testcase classname='t.d' name='test_graph[a]'/><testcase classname='t.d' name='test_graph[b]'>"
+        "<failure message='x'/></testcase><testcase name='test_graph[c]'><skipped/></testcase></testsuite></testsuites>"
     )
-    assert bars.outcomes([file]) == {"test_graph[a]": True, "test_graph[b]": False}
+    other = tmp_path / "cuda.xml"
+    other.write_text("<testsuite><testcase classname='t.d' name='test_graph[b]'/></testsuite>")
+    assert bars.outcomes([file, other]) == {
+        "gpu::t.d::test_graph[a]": True, "gpu::t.d::test_graph[b]": False, "cuda::t.d::test_graph[b]": True
+    }  # fmt: skip
+
+
+def test_only_rows_of_the_same_gpu_and_sources_are_known(tmp_path: Any) -> None:
+    machine = {"gpu": "a GPU", "revision": "abc", "sources": "1"}
+    rows = [
+        {"op": "gae", "case": "a", "variant": "fastrlhf cuda", "median_s": 1.0},
+        {"op": "gae", "case": "b", "variant": "fastrlhf cuda", "skipped": "no memory"},
+        {"op": "gae", "case": "b", "variant": "torch", "median_s": 1.0},
+        {"op": "kl", "case": "c", "variant": "verl", "skipped": "no"},
+    ]
+    file = tmp_path / "gpu.json"
+    assert measured_before(file, machine, False) == []
+    file.write_text(json.dumps({"machine": machine, "rows": rows}))
+    assert measured_before(file, machine, False) == [rows[0], rows[3]]
+    assert measured_before(file, machine, True) == rows
+    for other in ({"gpu": "another"}, {"revision": "def"}, {"sources": "2"}):
+        assert measured_before(file, machine | other, True) == []
+
+
+def test_without_git_there_is_no_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(report.subprocess, "run", missing)
+    assert report.machine()["revision"] == "unknown"
 
 
 def test_results_print_and_draw(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,14 @@ Fiber* active = nullptr;
 void* scheduler = nullptr;
 std::vector<unsigned char*> stacks;
 uint64_t progress = 0;  // barriers passed and threads ended
+uint64_t runs = 0;      // of clusters, in all launches
+
+// Threads go on from the first to the last, and in every other cluster from the last to the first: what depends on the order
+// shows. CUDA_HOST_ORDER=forward or reverse: the same in all.
+bool reversed() {
+  static const char* order = std::getenv("CUDA_HOST_ORDER");
+  return order ? order[0] == 'r' : runs++ % 2 == 1;
+}
 
 #if !defined(__x86_64__)
 #error "the host build of the CUDA kernels switches stacks on x86-64 only"
@@ -109,6 +117,7 @@ void wait(Barrier& b, int x = 0) {
     return;
   }
   while (b.generation == mine) leave();
+  ++progress;
 }
 
 }  // namespace
@@ -170,9 +179,11 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, int cluster_size, co
         f.stack_pointer = top;
       }
     }
+    const bool backwards = reversed();
     for (int left = count; left > 0;) {
       const uint64_t before = progress;
-      for (Fiber& f : fibers) {
+      for (int i = 0; i < count; ++i) {
+        Fiber& f = fibers[backwards ? count - 1 - i : i];
         if (f.done) continue;
         resume(f);
         if (f.done) --left, ++progress;

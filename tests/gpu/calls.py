@@ -1,5 +1,5 @@
-"""Every op, called once on small odd sizes: rows that begin at any byte, vocabularies of no power of two, empty segments,
-every kind of mask. The tests beside this run them on a GPU; compute-sanitizer runs the whole file:
+"""Every op, called once on small odd sizes: rows that begin at any byte and rows on 16, vocabularies of no power of two, empty
+segments, every kind of mask. The tests beside this run them on a GPU; compute-sanitizer runs the whole file:
 python -m tests.gpu.calls --device cuda --backend triton"""
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from torch import Tensor
 from bench import linear_head
 
 Inputs = dict[str, Tensor]
-WIDE, NARROW = 50257, 1000  # rows of the first are not aligned to more than their dtype
+WIDE, NARROW, FLAGSHIP = 50257, 1000, 128256  # rows of the first are not aligned to more than their dtype
+
+
+SMALL, LONG, LARGE = (5, 77), (3, 5001), (300, 3001)  # rows, tokens of each
 
 
 class Maker:
-    """Inputs from a seed, the same on any device; `large` fills a GPU."""
+    """Inputs from a seed, the same on any device; LARGE fills a GPU, rows of LONG take more than one warp, unit or block."""
 
-    def __init__(self, device: str, seed: int = 0, large: bool = False) -> None:
-        self.device, self.large, self.generator = device, large, torch.Generator().manual_seed(seed)
-        self.rows, self.length = (300, 3001) if large else (5, 77)
+    def __init__(self, device: str, seed: int = 0, size: tuple[int, int] = SMALL) -> None:
+        self.device, self.generator = device, torch.Generator().manual_seed(seed)
+        self.rows, self.length = size
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=self.generator, device="cpu").to(dtype).to(self.device)
@@ -45,10 +48,10 @@ class Maker:
         labels[self.rows // 2] = -100
         return labels.to(self.device)
 
-    def logits(self, vocab: int, dtype: torch.dtype) -> Inputs:
-        """One element past the beginning of their memory."""
-        flat = self.randn(self.rows * vocab + 1).mul_(3).to(dtype)
-        return {"logits": flat[1:].view(self.rows, vocab), "labels": self.labels(vocab)}
+    def logits(self, vocab: int, dtype: torch.dtype, offset: int = 1) -> Inputs:
+        """`offset` elements past the beginning of their memory; with none, and whole vectors a row, on 16 bytes."""
+        flat = self.randn(self.rows * vocab + offset).mul_(3).to(dtype)
+        return {"logits": flat[offset:].view(self.rows, vocab), "labels": self.labels(vocab)}
 
     def two(self, vocab: int, dtype: torch.dtype) -> Inputs:
         return {
@@ -59,6 +62,9 @@ class Maker:
 
     def row_mask(self) -> Tensor:
         return torch.arange(self.rows, device=self.device) != 2
+
+    def of_rows(self, *names: str) -> Inputs:
+        return {name: self.randn(self.rows) for name in names}
 
     def csr(self, vocab: int) -> Inputs:
         """Kept sets, one of them empty; the same for every seed, as a graph's shapes are."""
@@ -132,6 +138,17 @@ CALLS: dict[str, Call] = {
     "logprobs": Call(
         "logprobs", lambda g: g.logits(WIDE, torch.bfloat16),
         lambda t, b: f.logprobs(t["logits"], t["labels"], entropy=True, lse=True, backend=b), ("logits",), by_row=True,
+    ),
+    **{
+        f"logprobs_{vocab}": Call(
+            "logprobs", lambda g, v=vocab: g.logits(v, torch.bfloat16, 0),
+            lambda t, b: f.logprobs(t["logits"], t["labels"], entropy=True, lse=True, backend=b), ("logits",), by_row=True,
+        )
+        for vocab in (NARROW, FLAGSHIP)
+    },
+    "logprobs_no_entropy": Call(
+        "logprobs", lambda g: g.logits(FLAGSHIP, torch.bfloat16, 0),
+        lambda t, b: f.logprobs(t["logits"], t["labels"], backend=b), ("logits",), by_row=True,
     ),
     "logprobs_settings": Call(
         "logprobs", lambda g: g.logits(NARROW, torch.float32) | {"T": g.randn(g.rows).abs() + 0.5},
@@ -248,15 +265,22 @@ CALLS: dict[str, Call] = {
             "plain": {}, "cut": {"top_k": 50, "top_p": 0.9, "min_p": 0.01}, "kept": {"top_p": 0.9, "kept": True},
         }.items()
     },
+    **{
+        f"logits_policy_loss_{vocab}": Call(
+            "logits_policy_loss",
+            lambda g, v=vocab: g.logits(v, torch.bfloat16, int(v == WIDE)) | g.of_rows("old", "adv") | {"mask": g.row_mask()},
+            lambda t, b: f.logits_policy_loss(t["logits"], t["labels"], t["old"], t["adv"], t["mask"], backend=b), ("logits",),
+        )
+        for vocab in (WIDE, NARROW, FLAGSHIP)
+    },
 }  # fmt: skip
 
-if hasattr(f, "logits_policy_loss"):
-    CALLS["logits_policy_loss"] = Call(
-        "logits_policy_loss",
-        lambda g: g.logits(WIDE, torch.bfloat16) | {n: g.randn(g.rows) for n in ("old", "adv")} | {"mask": g.row_mask()},
-        lambda t, b: f.logits_policy_loss(t["logits"], t["labels"], t["old"], t["adv"], t["mask"], backend=b),
-        ("logits",),
-    )
+# the bits of these are compared over 100 runs
+FLAGSHIP_CALLS = (
+    f"logprobs_{FLAGSHIP}", "logprobs_no_entropy", f"logits_policy_loss_{FLAGSHIP}", "gae_carry", "gae_packed",
+    "experience_whitened", "policy_loss_ppo_token-mean", "value_loss", "kl_full_forward",
+)  # fmt: skip
+OVER_A_VOCABULARY = ("logprobs", "logits_policy_loss", "kl_full", "sample")  # a length changes nothing of them
 
 
 def names(backend: str) -> list[str]:
@@ -265,19 +289,36 @@ def names(backend: str) -> list[str]:
     return [name for name, call in CALLS.items() if call.op in having.get(backend, (call.op,))]
 
 
+def cases(of: Callable[[str, Call], bool] = lambda name, call: True) -> list[tuple[str, str]]:
+    """(backend, name) of some calls."""
+    return [(backend, name) for backend in ("cuda", "triton") for name in names(backend) if of(name, CALLS[name])]
+
+
+# the cases of test_device.py's tests, which bench/bars.py counts
+TESTS = {
+    "test_graph": cases(lambda name, call: call.in_graph),
+    "test_same_bits": cases(lambda name, call: name in FLAGSHIP_CALLS),
+    "test_the_rest_gives_the_same_bits_too": cases(lambda name, call: name not in FLAGSHIP_CALLS),
+    "test_rows_of_any_batch": cases(lambda name, call: call.by_row),
+    "test_one_launch": [("cuda", "policy_loss"), ("triton", "policy_loss")],
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", choices=backends.BACKENDS, default="triton")
     given = parser.parse_args()
     failed = 0
-    for name in names(given.backend):
+    sizes = [(name, SMALL) for name in names(given.backend)]
+    sizes += [(name, LONG) for name in names(given.backend) if CALLS[name].op not in OVER_A_VOCABULARY]
+    for name, size in sizes:
         try:
-            for result in execute(CALLS[name], CALLS[name].make(Maker(given.device)), given.backend):
+            for result in execute(CALLS[name], CALLS[name].make(Maker(given.device, size=size)), given.backend):
                 result.cpu()
         except Exception:
             failed += 1
-            print(f"{name}:\n{traceback.format_exc(limit=-3)}")
+            print(f"{name} {size}:\n{traceback.format_exc(limit=-3)}")
     if given.backend == "cuda" and linear_head.available():
         for rows, vocab, width in ((1, 300, 64), (300, 1001, 200)):
             head = linear_head.head(rows, vocab, width, device=given.device, bias=torch.zeros(vocab, device=given.device))
@@ -286,7 +327,7 @@ def main() -> int:
                 head.gradient(of, (g, g, None), dtype).cpu()
             partials, kept, references = head.exponentials()
             head.gradient_in_place(head.combined(partials), (g, g, None), kept, references).cpu()
-    print(f"{given.backend}: {len(names(given.backend))} calls, {failed} failed")
+    print(f"{given.backend}: {len(sizes)} calls, {failed} failed")
     return 1 if failed else 0
 
 

@@ -9,13 +9,16 @@ import pytest
 import torch
 from fastrlhf.ops import backend as backends
 
-from .calls import CALLS, Inputs, Maker, execute, names
+from tests.oracle import assert_accurate, assert_gradient_accurate
+
+from .calls import CALLS, FLAGSHIP, LARGE, NARROW, TESTS, WIDE, Inputs, Maker, cases, execute
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BACKENDS = ("cuda", "triton")
-EVERY = [pytest.param(b, n, id=f"{n}-{b}") for b in BACKENDS for n in names(b)]
-BY_ROW = [p for p in EVERY if CALLS[p.values[1]].by_row]
-IN_GRAPH = [p for p in EVERY if CALLS[p.values[1]].in_graph]
+
+
+def each(found: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("kernels", "name"), [pytest.param(b, n, id=f"{n}-{b}") for b, n in found])
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +38,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize(("kernels", "name"), IN_GRAPH)
+@each(TESTS["test_graph"])
 def test_graph(kernels: str, name: str) -> None:
     """Captured once, replayed on other inputs: what eager mode gives for those."""
     call = CALLS[name]
@@ -58,25 +61,56 @@ def test_graph(kernels: str, name: str) -> None:
         assert equal(out, execute(call, fresh, kernels))
 
 
-@pytest.mark.parametrize(("kernels", "name"), EVERY)
-def test_same_bits(kernels: str, name: str) -> None:
+def same_bits(kernels: str, name: str, runs: int) -> bool:
     call = CALLS[name]
-    inputs = call.make(Maker("cuda", large=True))
+    inputs = call.make(Maker("cuda", size=LARGE))
     first = execute(call, inputs, kernels)
-    assert all(equal(first, execute(call, inputs, kernels)) for _ in range(100))
+    return all(equal(first, execute(call, inputs, kernels)) for _ in range(runs))
 
 
-@pytest.mark.parametrize(("kernels", "name"), BY_ROW)
+@each(TESTS["test_same_bits"])
+def test_same_bits(kernels: str, name: str) -> None:
+    assert same_bits(kernels, name, 100)
+
+
+@each(TESTS["test_the_rest_gives_the_same_bits_too"])
+def test_the_rest_gives_the_same_bits_too(kernels: str, name: str) -> None:
+    assert same_bits(kernels, name, 10)
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1031, FLAGSHIP), (1031, WIDE), (9001, NARROW)])
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_more_rows_than_blocks(kernels: str, rows: int, vocab: int) -> None:
+    """Persistent grids take many turns: rows from all of them against float64."""
+    t = CALLS[f"logits_policy_loss_{vocab}"].make(Maker("cuda", size=(rows, 1)))
+    at = torch.tensor([0, 1, 2, 131, 132, 133, rows // 2, rows // 2 + 1, rows - 2, rows - 1], device="cuda")
+    few = {name: x[at] for name, x in t.items()}
+
+    def step(x: torch.Tensor, t: Inputs, backend: str) -> tuple[torch.Tensor, ...]:
+        leaf = x.detach().requires_grad_()
+        mask = t["mask"] & (t["labels"] != -100)
+        options = {"entropy_coef": 0.01, "reduction": "token-sum", "backend": backend}
+        out = fastrlhf.logits_policy_loss(leaf, t["labels"], t["old"], t["adv"], mask, **options)
+        return out.logprobs, out.entropy, torch.autograd.grad(out.loss, leaf)[0]
+
+    ours = [x[at] for x in step(t["logits"], t, kernels)]
+    oracle, plain = step(few["logits"].double(), few, "reference"), step(few["logits"].float(), few, "reference")
+    for mine, exact, other in zip(ours[:2], oracle, plain):
+        assert_accurate(mine, exact, other)
+    assert_gradient_accurate(ours[2], oracle[2], plain[2].bfloat16())
+
+
+@each(TESTS["test_rows_of_any_batch"])
 def test_rows_of_any_batch(kernels: str, name: str) -> None:
     call = CALLS[name]
-    inputs = call.make(Maker("cuda", large=True))
+    inputs = call.make(Maker("cuda", size=LARGE))
     whole = execute(call, inputs, kernels)
     for rows in (slice(0, 1), slice(3, 4), slice(7, 140), slice(1, None)):
         part = execute(call, {k: t[rows] for k, t in inputs.items()}, kernels)
         assert equal(part, [t[rows] for t in whole]), rows
 
 
-@pytest.mark.parametrize(("kernels", "name"), IN_GRAPH)
+@each(TESTS["test_graph"])
 def test_nothing_waits_for_the_device(kernels: str, name: str) -> None:
     call = CALLS[name]
     inputs = call.make(Maker("cuda"))
@@ -88,7 +122,7 @@ def test_nothing_waits_for_the_device(kernels: str, name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("kernels", "name"), IN_GRAPH)
+@each(TESTS["test_graph"])
 def test_the_current_stream_is_used(kernels: str, name: str) -> None:
     """Inputs that arrive late on a stream of their own; a kernel on another stream would see what was there before."""
     call = CALLS[name]
@@ -110,7 +144,7 @@ def test_the_current_stream_is_used(kernels: str, name: str) -> None:
 def test_two_streams_at_once(kernels: str) -> None:
     """Launches of two streams, which may share no scratch memory."""
     call = CALLS["policy_loss_ppo_token-mean"]
-    inputs = [call.make(Maker("cuda", seed, large=True)) for seed in (0, 1)]
+    inputs = [call.make(Maker("cuda", seed, size=LARGE)) for seed in (0, 1)]
     expected = [execute(call, x, kernels) for x in inputs]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
@@ -133,19 +167,19 @@ def test_inputs_on_two_devices_are_refused(kernels: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize(("kernels", "name"), EVERY)
+@each(cases())
 def test_a_device_that_is_not_the_current_one(kernels: str, name: str) -> None:
     call = CALLS[name]
     out = execute(call, call.make(Maker("cuda:1")), kernels)
     assert equal([t.cpu() for t in out], [t.cpu() for t in execute(call, call.make(Maker("cuda:0")), kernels)])
 
 
-LARGE = (64, 128256)
+LOGITS = (64, 128256)
 
 
 def large() -> Inputs:
-    x = torch.randn(LARGE, device="cuda", dtype=torch.bfloat16)
-    return {"x": x, "y": torch.randn_like(x), "labels": torch.randint(0, LARGE[1], LARGE[:1], device="cuda")}
+    x = torch.randn(LOGITS, device="cuda", dtype=torch.bfloat16)
+    return {"x": x, "y": torch.randn_like(x), "labels": torch.randint(0, LOGITS[1], LOGITS[:1], device="cuda")}
 
 
 def extra_bytes(run) -> int:
@@ -186,7 +220,7 @@ def launches(run) -> list[str]:
     return [name for name in on_device if not name.startswith(("Memcpy", "Memset", "Activity Buffer"))]
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("kernels", [backend for backend, _ in TESTS["test_one_launch"]])
 def test_one_launch(kernels: str) -> None:
     """Policy loss: loss, gradient and statistics in one launch forward, one backward."""
     lp, old, adv = (torch.randn(64, 1024, device="cuda") for _ in range(3))

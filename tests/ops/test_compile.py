@@ -9,7 +9,7 @@ import torch._dynamo.testing
 
 from tests.oracle import INTERPRETED
 
-B, T, V = 3, 4 if INTERPRETED else 40, 50
+B, T, V = 3, 4 if INTERPRETED else 40, 52  # rows of logits on 16 bytes
 
 
 def tensors():
@@ -41,6 +41,7 @@ CALLS = {
     "whiten": (lambda t: f.whiten(t["lp"], t["mask"]), "lp"),
     "policy_loss": (lambda t: f.policy_loss(t["lp"], t["old"], t["rewards"], t["mask"], ref_logprobs=t["ref"], kl_coef=0.1), "lp"),
     "policy_loss_gspo": (lambda t: f.policy_loss(t["lp"], t["old"], t["scores"], t["mask"], kind="gspo", reduction="seq-mean-token-mean"), "lp"),
+    "logits_policy_loss": (lambda t: f.logits_policy_loss(t["logits"], t["labels"], t["old"], t["rewards"], t["mask"])[0], "logits"),
     "value_loss": (lambda t: f.value_loss(t["lp"], t["values"], t["rewards"], t["mask"]), "lp"),
     "preference_loss": (lambda t: f.preference_loss(t["scores"], t["others"], t["others"] * 0, t["others"] * 0, kind="ipo"), "scores"),
     "reward_loss": (lambda t: f.reward_loss(t["scores"], t["others"]), "scores"),

@@ -102,3 +102,20 @@ def test_one_read(backend, monkeypatch):
     x.grad = None
     fastrlhf.logits_policy_loss(x, *arguments[1:], kind="gspo").loss.backward()
     assert "one_read" not in calls and "logprobs_backward" in calls
+
+
+def test_a_graph_that_is_kept(backend):
+    """Each backward's gradient is its own: the first is not changed by the second, and none is scaled by another's factor."""
+    logits, *rest = inputs(2, 3, 16, torch.float32)
+    x = logits.requires_grad_()
+    loss = fastrlhf.logits_policy_loss(x, *rest, backend=backend).loss
+    (one,) = torch.autograd.grad(loss, x, torch.tensor(1.0), retain_graph=True)
+    for factor, kept in ((2.0, True), (3.0, True), (5.0, False)):
+        before = one.clone()
+        (g,) = torch.autograd.grad(loss, x, torch.tensor(factor), retain_graph=kept)
+        torch.testing.assert_close(g, factor * one)
+        assert torch.equal(one, before)
+    loss = fastrlhf.logits_policy_loss(x, *rest, backend=backend).loss
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    torch.testing.assert_close(x.grad, 3 * one)

@@ -129,6 +129,28 @@ def test_packed_is_padded(backend, kind, reduction):
     check(b | {"advantages": rows, "kind": kind, "reduction": reduction, "cu_seqlens": cu}, backend)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="hundreds of programs")
+def test_units_of_either_length(compiled):
+    """A GPU's block takes more tokens from half a million on."""
+    for T in (2**19 - 1, 2**19 + 1):
+        check(batch(1, T), compiled)
+
+
+@pytest.mark.parametrize("longest", [0, 137, 299])
+def test_the_longest_of_many_segments(backend, longest):
+    """More segments than a block has threads; the divisor is the number of those that count times the longest's length."""
+    lengths = torch.randint(0, 3, (300,))
+    lengths[longest] = 7
+    cu = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    b = {k: v[0] for k, v in batch(1, int(cu[-1])).items()} | {"mask": None}
+    options = {"reduction": "seq-mean-token-sum-norm", "cu_seqlens": cu, "backend": backend}
+    over = 7.0 * int((lengths > 0).sum())
+    ours, given_ = (fastrlhf.policy_loss(*split(b)[0], denominator=d, **options).loss for d in (None, over))
+    torch.testing.assert_close(ours, given_)
+    ours, given_ = (fastrlhf.value_loss(*split(b)[0], denominator=d, **options).loss for d in (None, over))
+    torch.testing.assert_close(ours, given_)
+
+
 def test_one_sequence(backend):
     b = {k: v[0] for k, v in batch(1, 50).items()}
     flat = fastrlhf.policy_loss(*split(b)[0], backend=backend)

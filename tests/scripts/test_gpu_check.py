@@ -33,14 +33,17 @@ def parts(calls: list[str], failing: tuple[str, ...] = ()) -> list[Any]:
                 raise RuntimeError("broke")
             return g.Outcome(True, [f"{name} ran"])
 
-        return g.Part(name, run, 1.0)
+        return g.Part(name, run, 1.0, (), () if name == "build" else ("build",), least=0.0)
 
     return [part(name) for name in ("build", "tests", "bench")]
 
 
 def test_parts_run_in_their_order_and_unknown_ones_are_named() -> None:
     assert [p.name for p in g.chosen("bench,build", g.PARTS)] == ["build", "bench"]
-    assert [p.name for p in g.chosen("", g.PARTS)] == ["build", "tests", "sanitizer", "bench", "plots"]
+    suites = ["tests-gpu", "tests-triton", "tests-cuda"]
+    tools = ["sanitizer-memcheck", "sanitizer-racecheck"]
+    assert [p.name for p in g.chosen("", g.PARTS)] == ["build", *suites, *tools, "bench", "plots"]
+    assert [p.name for p in g.chosen("tests,sanitizer-racecheck", g.PARTS)] == [*suites, tools[1]]
     with pytest.raises(ValueError, match="no part \\['speed'\\]"):
         g.chosen("speed", g.PARTS)
 
@@ -60,23 +63,63 @@ def test_a_failure_stops_nothing_and_only_what_passed_is_stamped(tmp_path: Path,
 
 def test_a_part_that_fails_again_loses_its_stamp(tmp_path: Path) -> None:
     calls: list[str] = []
-    arguments = ["--out", str(tmp_path), "--only", "bench"]
+    arguments = ["--out", str(tmp_path), "--only", "build"]
     assert g.main(arguments, parts(calls)) == 0
-    assert g.main([*arguments, "--again"], parts(calls, failing=("bench",))) == 1
-    assert not (tmp_path / "stamps" / "bench").exists()
+    assert g.main([*arguments, "--again"], parts(calls, failing=("build",))) == 1
+    assert not (tmp_path / "stamps" / "build").exists()
 
 
-def test_without_time_nothing_starts(tmp_path: Path) -> None:
+def test_without_time_nothing_starts_and_the_next_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[str] = []
     assert g.main(["--out", str(tmp_path), "--minutes", "-1"], parts(calls)) == 1 and not calls
+    assert "build  not run: no time left" in capsys.readouterr().out
+    assert g.main(["--out", str(tmp_path)], parts(calls)) == 0 and calls == ["build", "tests", "bench"]
+
+
+def test_parts_that_need_a_build_are_not_run_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[str] = []
+    assert g.main(["--out", str(tmp_path)], parts(calls, failing=("build",))) == 1 and calls == ["build"]
+    assert "bench  not run: needs build" in capsys.readouterr().out
+    assert g.main(["--out", str(tmp_path), "--only", "bench"], parts(calls)) == 1 and calls == ["build"]
+
+
+def test_a_stamp_is_of_these_sources_and_this_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(g, "ROOT", tmp_path / "source")
+    (g.ROOT / "src").mkdir(parents=True)
+    (g.ROOT / "src" / "a.cu").write_text("1")
+    part = g.Part("build", lambda run: g.Outcome(True), 1.0, ("src",), (), 0.0)
+
+    def verdict(gpu: str = "a", cutlass: str | None = None) -> str:
+        return g.check(g.Run(tmp_path, tmp_path, cutlass, gpu=gpu), [part], 1.0)["build"].split(" in ")[0].split(" (")[0]
+
+    assert [verdict(), verdict()] == ["passed", "passed before"]
+    (g.ROOT / "src" / "a.cu").write_text("2")
+    assert [verdict(), verdict(), verdict("b"), verdict("b", "there")] == ["passed", "passed before", "passed", "passed"]
+
+
+def test_what_a_part_leaves_goes_to_the_rest(tmp_path: Path) -> None:
+    shares = []
+
+    def run(run: Any) -> Any:
+        shares.append(round(run.left()))
+        return g.Outcome(True)
+
+    parts = [g.Part(name, run, seconds, (), (), 0.0) for name, seconds in (("a", 150), ("b", 100), ("c", 50))]
+    g.check(g.Run(tmp_path, tmp_path), parts, 5.0)
+    assert shares == [150, 200, 300]
+
+
+def test_eight_minutes_are_shared_out() -> None:
+    """The default holds what every part is expected to take."""
+    assert sum(p.seconds for p in g.PARTS) == 8 * 60
+    assert all(p.least <= p.seconds for p in g.PARTS)
 
 
 def test_a_command_that_takes_too_long_is_stopped_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(g, "GRACE", 1)
     run = g.Run(tmp_path, tmp_path, deadline=time.monotonic() + 2)
     code = "import subprocess, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); subprocess.run(['sleep', '60'])"
     began = time.monotonic()
-    assert run.call([sys.executable, "-c", code], "log") == g.OUT_OF_TIME
+    assert run.call([sys.executable, "-c", code], "log", 1) == g.OUT_OF_TIME
     assert time.monotonic() - began < 20
     assert run.call([sys.executable, "-c", "print('here'); raise SystemExit(5)"], "log") == 5
     assert run.tail("log") == ["here"]
@@ -129,15 +172,11 @@ def fake(tmp_path: Path, name: str, text: str) -> None:
 
 
 def test_the_sanitizer_part_reads_what_the_tool_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake(
-        tmp_path, "compute-sanitizer", "[ $2 = initcheck ] && echo 'ERROR SUMMARY: 3 errors' || echo 'ERROR SUMMARY: 0 errors'"
-    )
+    fake(tmp_path, "compute-sanitizer", "[ $2 = memcheck ] && echo 'ERROR SUMMARY: 0 errors' || echo 'ERROR SUMMARY: 3 errors'")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(g.sys, "executable", "/bin/true")
-    outcome = g.sanitizer(g.Run(tmp_path, tmp_path))
-    assert outcome.ok and "memcheck cuda: 0 found" in outcome.lines and "initcheck triton: 3 found" in outcome.lines
-    fake(tmp_path, "compute-sanitizer", "echo 'RACECHECK SUMMARY: 1 hazard displayed'")
-    assert not g.sanitizer(g.Run(tmp_path, tmp_path)).ok
+    assert g.sanitizer("memcheck")(g.Run(tmp_path, tmp_path)) == g.Outcome(True, ["cuda: 0 found", "triton: 0 found"])
+    assert not g.sanitizer("racecheck")(g.Run(tmp_path, tmp_path)).ok
 
 
 def test_the_benchmark_goes_on_in_a_new_process_after_a_lost_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,7 @@ inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barr
 }
 inline void bulk_wait(uint64_t* barrier, uint32_t phase) {
   while (HostBarrier::at(barrier).phase == phase) shim::yield();
+  shim::went_on();
 }
 #else
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }

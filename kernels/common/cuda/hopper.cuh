@@ -62,7 +62,7 @@ inline void product_fence(float (&)[n]) {}
 inline void product_begin() {}
 inline void product_commit() {}
 template <int left>
-inline void product_wait() {}
+inline void product_wait() { __syncwarp(); }  // a warp's lanes go through it together
 template <int registers>
 inline void take_registers() {}
 template <int registers>

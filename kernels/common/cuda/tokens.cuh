@@ -3,6 +3,7 @@
 
 #include "block.cuh"
 #include "common/half.h"
+#include "common/reduction_kind.h"
 #include "csrc/tensor.h"
 
 namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
@@ -10,6 +11,10 @@ namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
 constexpr int group = 4;          // tokens of a thread at a time
 constexpr int unit_threads = 256;
 constexpr int unit_size = 4096;   // tokens of one partial sum, as on the CPU: no sum depends on how a grid is cut
+constexpr int short_unit = 1024;  // of a launch of so few tokens that longer ones would leave multiprocessors without any
+
+// Tokens of a block where rows do not matter: a matter of their number alone.
+__host__ __device__ __forceinline__ int64_t flat_unit(int64_t tokens) { return tokens < 512 * short_unit ? short_unit : unit_size; }
 
 __device__ __forceinline__ float element(const Array& a, int64_t at) {
   switch (a.dtype) {
@@ -89,13 +94,16 @@ struct Place {
 // One value of a (B) input.
 __device__ __forceinline__ float row_element(const Array& a, int64_t b) { return element(a, b * a.row_stride); }
 
-__device__ __forceinline__ int64_t longest_row(const Rows& rows) {
+// T, or the longest segment of a pack, by the whole block; 0 where the reduction does not ask. `space`: a double for each warp.
+__device__ __forceinline__ int64_t longest_row(Reduction reduction, const Rows& rows, double* space) {
+  if (reduction != Reduction::seq_mean_token_sum_norm) return 0;
   if (!rows.cu_seqlens) return rows.length;
-  int64_t longest = 0;
-  for (int64_t b = 0; b < rows.count; ++b) longest = rows.size(b) > longest ? rows.size(b) : longest;
-  return longest;
+  int64_t longest[1] = {0};
+  for (int64_t b = threadIdx.x; b < rows.count; b += blockDim.x) longest[0] = rows.size(b) > longest[0] ? rows.size(b) : longest[0];
+  block_reduce(longest, space, [](int, int64_t x, int64_t y) { return y > x ? y : x; });
+  return longest[0];
 }
 
-inline int64_t units_of(int64_t tokens) { return (tokens + unit_size - 1) / unit_size; }
+inline int64_t units_of(int64_t tokens, int64_t unit = unit_size) { return (tokens + unit - 1) / unit; }
 
 }}}  // namespace

@@ -177,13 +177,16 @@ def counter(like: Tensor) -> Tensor:
     return _counters[key]
 
 
-UNIT = 4096  # tokens of one partial sum
+UNIT, SHORT_UNIT, SHORT = 4096, 1024, 512 * 1024  # tokens of one partial sum; where rows do not matter, of fewer than SHORT
 
 
 def workspace(shape: RowShape, like: Tensor) -> Tensor:
-    """Room for the partial sums of a launch over the rows of `shape`: 24 doubles for each unit of each row."""
+    """Room for the partial sums of a launch over the rows of `shape`: 24 doubles for each unit of each row or of all tokens."""
     count, length, _, total = shape
     units = total // UNIT + count if length == 0 else count * -(-length // UNIT)
+    size = total if length == 0 else count * length
+    if size < SHORT:
+        units = max(units, -(-size // SHORT_UNIT))
     return like.new_empty(24 * (units + 1), dtype=_FLOAT64)
 
 

@@ -31,12 +31,12 @@ def present(t: Tensor | None) -> Tensor | None:
     return None if t is None or (t.dim() == 1 and t.shape[0] == 0) else t
 
 
-def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Launches go to the current device: it is made the first argument's."""
+def on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Launches go to the current device: it is made that of the first tensor among the arguments."""
 
     @functools.wraps(implementation)
     def run(*args: Any) -> Any:
-        first = args[0]
+        first = args[0] if isinstance(args[0], Tensor) else next(a for a in args if isinstance(a, Tensor))
         if first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
                 return implementation(*args)
@@ -58,7 +58,7 @@ class Op:
         setup: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
     ) -> None:
-        implementation = _on_its_device(implementation)
+        implementation = on_its_device(implementation)
         LIBRARY.define(name + schema)
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, lambda *args: _present(implementation(*args), args[0]), key)

@@ -12,7 +12,7 @@ from ..kernels.linear_logprobs.chunked import Tile, Tiles
 from . import checks, hopper_head, value_checks
 from .backend import DTYPES, FLOATS, address, choose, empty, extension, matrix, result_dtype, threads, triton_kernels, with_rows
 from .distributed import all_gather
-from .library import Op, present
+from .library import Op, on_its_device, present
 from .logprobs import Call, Kept, Logprobs, combine, differentiate, fold, kept_parts, of_logits, softmax_options
 
 WORKSPACE = 256 << 20
@@ -380,6 +380,7 @@ class _VocabParallel(torch.autograd.Function):
     """Each rank's statistics, one all-gather, combined in rank order; the backward is local."""
 
     @staticmethod
+    @on_its_device
     def forward(ctx: Any, group: Any, entropy: bool, lse: bool, backend: str, *inputs: Any) -> tuple[Tensor | None, ...]:
         call = HeadCall(*inputs)
         out = gathered(call, group, backend)

@@ -13,6 +13,7 @@ from ..kernels.policy_loss.reference import STATS, RolloutCorrection
 from . import checks, hopper_head, value_checks
 from .backend import DTYPES, address, empty, extension, result_dtype, threads
 from .distributed import all_gather
+from .library import on_its_device
 from .linear_logprobs import WORKSPACE, HeadCall, Results, head_inputs, linear_logprobs, merge_parts
 from .logprobs import Kept, combine, differentiate, fold, kept_parts, softmax_options
 from .policy_loss import PolicyLoss, policy_loss
@@ -196,6 +197,7 @@ class _Tokens:
 
 class _InForward(torch.autograd.Function):
     @staticmethod
+    @on_its_device
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, tokens: _Tokens, group: Any, backend: str
     ) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from .backend import (
     tokens,
     with_rows,
 )
+from .library import on_its_device
 from .logprobs import logprobs, native_arguments
 from .masked_stats import row_sums
 from .policy_loss import Settings, policy_loss, settings
@@ -75,7 +76,8 @@ def logits_policy_loss(
     A token-level loss's gradient is known as soon as the row's log-prob is. On a Hopper GPU or later (CUDA backend) rows lie
     on chip while that is computed: one read and one write of the logits instead of two reads and a write. This needs a
     token-level kind and correction, reduction token-mean or token-sum, one label a row, no soft cap, and rows that start at
-    16 bytes; anything else, and every other backend, runs the two ops one after the other.
+    16 bytes; anything else, every other backend and torch.compile run the two ops one after the other. Memory: one gradient of
+    the logits; another for each backward that keeps the graph.
 
     Args:
         logits: (B, T, V), packed (total, V) with `cu_seqlens`, or (T, V); as for `logprobs`. The gradient flows to it only.
@@ -110,6 +112,7 @@ def logits_policy_loss(
         and logits.requires_grad
         and softcap is None
         and old_logprobs.shape == lead
+        and not torch.compiler.is_compiling()
     ):
         checks.temperature(temperature)
         known = settings(old_logprobs, old_logprobs, advantages, mask, **(options | {"entropy": old_logprobs}))
@@ -148,11 +151,20 @@ def _share(mask: Tensor, reduction: str, denominator: float | Tensor | None) -> 
         counted = mask if mask.is_floating_point() else mask.to(torch.float32)
         total = row_sums(counted.reshape(-1), None, False, backend="cuda")[0]
         return torch.where(total != 0, 1 / total, torch.zeros_like(total))
-    return (1 / torch.as_tensor(denominator, dtype=torch.float64, device=mask.device)).reshape(()).float()
+    if isinstance(denominator, Tensor):
+        return (1 / denominator.double()).reshape(()).float()
+    return torch.full((), 1 / denominator, dtype=torch.float32, device=mask.device)
+
+
+def _used_again() -> bool:
+    """Whether this backward keeps the graph; where torch (< 2.5) does not say, it may."""
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return kept is None or bool(kept())
 
 
 class _OneRead(torch.autograd.Function):
     @staticmethod
+    @on_its_device
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, rollout: Tensor | None,
         ref: Tensor | None, temperature: float, ignore_index: int, known: Settings, reduction: str, options: dict[str, Any],
@@ -182,6 +194,8 @@ class _OneRead(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         (grad,) = ctx.saved_tensors
+        if _used_again():
+            grad = grad.clone()
         factor = grad_loss.to(torch.float32)
         cuda_extension().rescale(grad.data_ptr(), factor.data_ptr(), grad.numel(), DTYPES[grad.dtype], raw_stream(grad))
         return grad.view(ctx.shape), *[None] * 11

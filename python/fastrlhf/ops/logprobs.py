@@ -24,7 +24,7 @@ from .backend import (
     with_rows,
 )
 from .distributed import all_gather, size_and_rank
-from .library import Op, present
+from .library import Op, on_its_device, present
 
 INTEGERS = (torch.int32, torch.int64)
 Kept = Tensor | tuple[Tensor, Tensor]
@@ -402,6 +402,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     """Each rank's (m, s, t, x_y) a row, one all-gather, combined in rank order; the backward is local."""
 
     @staticmethod
+    @on_its_device
     def forward(
         ctx: Any,
         group: Any,

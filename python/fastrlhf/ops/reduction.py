@@ -21,6 +21,7 @@ def global_denominator(
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(f"denominator: expected one number, got shape {checks.shape_of(denominator)}")
+        checks.same_device("denominator", denominator, "the input", like)
         return denominator.detach()
     if denominator is not None:
         checks.number("denominator", denominator, low=0, open_low=True)
@@ -31,12 +32,12 @@ def global_denominator(
     if reduction == "token-mean":
         local = weights.sum()
     else:
-        longest = like.shape[-1]
+        longest: int | Tensor = like.shape[-1]
         if cu is not None:
             lengths = cu.diff()
             row = torch.repeat_interleave(torch.arange(len(lengths), device=like.device), lengths, output_size=like.shape[0])
             local = weights.new_zeros(len(lengths)).index_add(0, row, weights).ne(0).sum().double()
-            longest = int(lengths.max()) if len(lengths) else 0
+            longest = torch.cat([lengths, lengths.new_zeros(1)]).amax()
         else:
             local = (weights.sum(-1) != 0).sum().double()
         if reduction == "seq-mean-token-sum-norm":

@@ -53,7 +53,8 @@ def sample(
         temperature: >= 0, a number or (...); 0 takes the highest logit, the first of equals, with logprob 0.
         top_k: >= 0, an integer or (...); 0 for no cut.
         top_p: in (0, 1], a number or (...).  min_p: in [0, 1], a number or (...).
-        generator: where the seed comes from when none is given; None is torch's default generator.
+        generator: where the seed comes from when none is given; None is torch's default generator. One on a GPU gives each
+            row a seed of its own.
         seed: an integer, or int64 (...), one for each row.
         logprobs: whether to return log-probabilities: of the tokens, within the kept set, at the temperature.
         kept: whether to return the kept sets, in the form that `fastrlhf.logprobs` takes.
@@ -87,12 +88,14 @@ def sample(
             raise ValueError(f"seed: expected shape {tuple(logits.shape[:-1])}, one for each row, got {checks.shape_of(seed)}")
         checks.same_device("seed", seed, "logits", logits)
         seeds, seed = seed.reshape(-1).contiguous(), 0
-    elif seed is None:
-        seed = int(
-            torch.randint(
-                2**62, (), generator=generator, dtype=torch.int64, device="cpu" if generator is None else generator.device
-            )
+    elif seed is None and generator is not None and generator.device.type != "cpu":  # one number would be waited for
+        count = logits.numel() // logits.shape[-1]
+        seeds = torch.randint(2**62, (count,), generator=generator, dtype=torch.int64, device=generator.device).to(
+            logits.device
         )
+        seed = 0
+    elif seed is None:
+        seed = int(torch.randint(2**62, (), generator=generator, dtype=torch.int64, device="cpu"))
     elif not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed: expected an integer or an int64 tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
