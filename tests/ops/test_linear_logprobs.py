@@ -226,6 +226,53 @@ def test_rounded_gradients(backend, shape):
         assert float((a - b).norm()) < 2**-7 * float(a.norm())
 
 
+def peaked(gap: float, dtype: torch.dtype = torch.float32, rows: int = 8, vocab: int = 300, width: int = 512):
+    """Rows whose label's logit, or that of the column after it, is ahead of the others."""
+    hidden = torch.randn(rows, width).to(dtype)
+    weight = torch.randn(vocab, width) * 2 / width**0.5
+    labels = torch.randint(0, vocab // 2, (rows,)) * 2
+    at = labels + torch.arange(rows) % 2
+    weight[at] = gap * hidden.float() / hidden.float().square().sum(-1, keepdim=True)
+    return hidden, weight.to(dtype), labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize("gap", [10.0, 25.0, 60.0])
+def test_confident_rows(backend, gap, temperature, dtype):
+    """Their gradients are differences that a logit computed twice, in two ways, would drown."""
+    hidden, weight, labels = peaked(gap, dtype)
+    for wanted in ((0,), (1,), (0, 1, 2)):
+        grads = []
+        for kind in ("ours", torch.float64, torch.float32):
+            h, w = (t.to(kind if kind != "ours" else dtype).detach().requires_grad_() for t in (hidden, weight))
+            if kind == "ours":
+                out = everything(h, w, labels, backend, temperature=temperature)
+            else:
+                out = reference.linear_logprobs(h, w, labels, temperature=temperature)
+            sum(out[i].sum() for i in wanted).backward()
+            grads.append((h.grad, w.grad))
+        for ours, exact, plain in zip(*grads, strict=True):
+            # of these gradients 1e-6 may be all there is
+            bound = 2 * float((plain - exact).abs().max()) + 1e-6 * float(exact.abs().max()) + 1e-9
+            unit = 0 if dtype == torch.float32 else torch.finfo(dtype).eps
+            assert float(((ours - exact).abs() - 0.51 * unit * exact.abs()).max()) <= bound, wanted
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_only_the_label_is_kept(backend, temperature):
+    hidden, weight, labels = peaked(25.0)
+    rows, vocab = len(labels), len(weight)
+    for kept in (torch.zeros(rows, vocab, dtype=torch.bool), (torch.zeros(rows + 1, dtype=torch.long), labels[:0])):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = everything(h, w, labels, backend, kept=kept, temperature=temperature)
+        rounding = 1e-7  # of 1: the statistics of listed columns are relative to a rounded maximum
+        assert max(float(t.abs().max()) for t in out[:2]) < rounding
+        (out.logprobs.sum() + out.entropy.sum()).backward()
+        for t, by in ((h.grad, weight), (w.grad, hidden)):
+            assert float(t.abs().max()) < rounding / temperature * float(by.abs().max())
+
+
 def test_several_labels_a_row(backend):
     hidden, weight, bias, _ = head(12, 100, 24, torch.float32)
     labels = torch.randint(0, 100, (12, 3))
@@ -245,6 +292,20 @@ def test_shapes_views_and_int32(backend):
         torch.testing.assert_close(s, t, rtol=0, atol=2e-6 if backend == "reference" else 0)
     empty = everything(hidden[:0], weight, labels.view(-1)[:0], backend)
     assert [t.shape for t in empty] == [(0,)] * 3
+
+
+def test_a_bias_may_lie_anywhere(backend):
+    hidden, weight, _, labels = head(9, 60, 12, torch.float32)
+    table = torch.randn(60, 4)
+    for strided in (lambda t: t[:, 1], lambda t: t[0, :1].expand(60)):
+        grads = []
+        for make in (strided, lambda t, strided=strided: strided(t).contiguous()):
+            h, t = hidden.clone().requires_grad_(), table.clone().requires_grad_()
+            out = everything(h, weight, labels, backend, bias=make(t))
+            sum(x.sum() for x in out).backward()
+            grads.append((*out, h.grad, t.grad))
+        for a, b in zip(*grads, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.float64

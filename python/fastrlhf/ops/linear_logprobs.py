@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -163,6 +164,11 @@ class HeadCall(NamedTuple):
         """hidden as (rows, H)."""
         return self.hidden.reshape(-1, self.hidden.shape[-1])
 
+    @property
+    def clean(self) -> Tensor:
+        """`flat` with zeros in the rows that have only ignore_index, whatever they hold."""
+        return self.flat.masked_fill(self.ignored, 0)
+
     def tiles(self) -> Tiles:
         return chunked.tiles(self.rows, self.weight.shape[0], self.workspace_bytes)
 
@@ -218,9 +224,9 @@ def statistics(call: HeadCall, backend: str) -> Tensor:
         return partials
     if backend == "cuda" and hopper_head.serves(call):
         return hopper_head.statistics(call)
-    if backend == "triton" and width == 4 and call.kept_mask is None and call.kept_indptr is None:
+    if _in_triton(call, backend):
         kernels = triton_kernels("linear_logprobs")
-        partials = empty((kernels.parts(call.hidden, call.weight.shape[0]), call.rows, width), torch.float32, call.hidden)
+        partials = empty((kernels.parts(call.hidden, call.weight), call.rows, width), torch.float32, call.hidden)
         kernels.forward(
             call.flat, call.weight, call.bias, call.labels.view(-1), call.temperatures, temperature=call.temperature,
             softcap=call.softcap, ignore_index=call.ignore_index, vocab_start=call.vocab_start, partials=partials,
@@ -228,8 +234,28 @@ def statistics(call: HeadCall, backend: str) -> Tensor:
         return partials
     cut = call.tiles()
     partials = empty((cut.across, call.rows, width), torch.float32, call.hidden)
-    chunked.forward(call.flat, call.weight, call.bias, cut, partials, lambda x, tile, out: fold(call.of(x, tile), out, backend))
+    chunked.forward(_logits(call, call.clean, backend), cut, partials, lambda x, tile, out: fold(call.of(x, tile), out, backend))
     return partials
+
+
+def _in_triton(call: HeadCall, backend: str) -> bool:
+    """Whether the logits are Triton's own products: one label a row, no kept set."""
+    return (
+        backend == "triton" and call.labels.numel() == call.rows and call.kept_mask is None and call.kept_indptr is None
+    )
+
+
+def _logits(call: HeadCall, hidden: Tensor, backend: str) -> Callable[[Tile], Tensor]:
+    """Those of a tile before the soft cap, as the statistics had them."""
+    if not _in_triton(call, backend):
+        return lambda tile: chunked.logits(hidden, call.weight, call.bias, tile)
+    ignored = call.ignored.squeeze(1)
+
+    def of(tile: Tile) -> Tensor:
+        bias = None if call.bias is None else call.bias[tile.columns]
+        return triton_kernels("linear_logprobs").logits(hidden[tile.rows], call.weight[tile.columns], bias, ignored[tile.rows])
+
+    return of
 
 
 def _forward(*arguments: Any) -> tuple[Tensor | None, ...]:
@@ -277,15 +303,19 @@ def gradients(
             call.narrow, call.rounded, 0, call.workspace_bytes, threads(),
         )  # fmt: skip
     else:
+        on_hopper, cut = backend == "cuda" and hopper_head.serves(call), call.tiles()
+        in_parts = not on_hopper and cut.height < call.rows
+        wide = torch.float32 if in_parts and not call.narrow else call.weight.dtype
         hidden, weight, bias = (
-            torch.zeros(t.shape, dtype=torch.float32, device=t.device) if w and t is not None else None
-            for t, w in zip((call.flat, call.weight, call.bias), wanted, strict=True)
+            torch.zeros(t.shape, dtype=d, device=t.device) if w and t is not None else None
+            for t, d, w in zip((call.flat, call.weight, call.bias), (torch.float32, wide, torch.float32), wanted, strict=True)
         )
-        if backend == "cuda" and hopper_head.serves(call):
+        if on_hopper:
             hopper_head.gradients(call, results, grads_, (hidden, weight, bias))
         else:
+            clean = call.clean
             chunked.backward(
-                call.flat.masked_fill(call.ignored, 0), call.weight, call.bias, call.tiles(),
+                _logits(call, clean, backend), clean, call.weight, cut,
                 lambda x, tile: differentiate(call.of(x, tile), results, grads_, tile.rows, backend),
                 hidden, weight, bias, round_to=call.round_to,
             )  # fmt: skip

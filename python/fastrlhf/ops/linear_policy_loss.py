@@ -282,7 +282,7 @@ def _multiply_out(call: HeadCall, group: Any, backend: str) -> tuple[Results, Lo
         parts = logits.partials if group is None else merge_parts(logits.partials, call)
     else:
         tile = Tile(slice(0, call.rows), slice(0, call.weight.shape[0]))
-        logits = chunked.logits(call.flat, call.weight, call.bias, tile)
+        logits = chunked.logits(call.clean, call.weight, call.bias, tile)
         parts = empty((1, call.rows, 4), dtype, call.hidden)
         fold(call.of(logits, tile), parts[0], backend)
     if parts is not None:
@@ -320,11 +320,13 @@ class _Sums:
             if isinstance(logits, hopper_head.Exponentials):
                 logits.add_gradients(results, grads, sums)
             else:
+                assert logits is not None
+                kept, vocab = logits, call.weight.shape[0]
                 chunked.backward(
-                    call.flat.masked_fill(call.ignored, 0), call.weight, call.bias,
-                    Tiles(call.rows, call.weight.shape[0], call.rows, call.weight.shape[0]),
+                    lambda tile: kept[tile.rows, tile.columns], call.clean, call.weight,
+                    Tiles(call.rows, vocab, call.rows, call.tiles().width),
                     lambda x, tile: differentiate(call.of(x, tile), results, grads, tile.rows, self.backend),
-                    *sums, stored=logits, round_to=call.round_to,
+                    *sums, round_to=call.round_to,
                 )  # fmt: skip
         if self.hidden is not None and hidden is not None:
             self.hidden[rows] = hidden.to(self.hidden.dtype)
