@@ -184,3 +184,48 @@ def test_the_gradients_are_given_once(compiled):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="call it again"):
         loss.backward()
+
+
+def test_a_bias_may_lie_anywhere(backend):
+    hidden, weight, _, labels, tokens = case()
+    table = torch.randn(V, 3)
+    results = []
+    for make in (lambda t: t[:, 1], lambda t: t[:, 1].contiguous()):
+        h, t = hidden.clone().requires_grad_(), table.clone().requires_grad_()
+        out = fastrlhf.linear_policy_loss(h, weight, labels, *tokens.values(), bias=make(t), backend=backend)
+        out.loss.backward()
+        results.append((out.loss.detach(), h.grad, t.grad))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize("gap", [10.0, 25.0, 60.0])
+def test_confident_rows(backend, gap, temperature):
+    """The same gradients in one step and in two where they are differences of nearly equal numbers."""
+    rows, vocab, width = 8, 300, 256
+    hidden, labels = torch.randn(rows, width), torch.arange(rows) * 3
+    weight = torch.randn(vocab, width) * 2 / width**0.5
+    weight[labels + torch.arange(rows) % 2] = gap * hidden / hidden.square().sum(-1, keepdim=True)
+    old, advantages, options = torch.zeros(rows), torch.randn(rows), {"kind": "reinforce", "entropy_coef": 0.1}
+    grads = []
+    for way, dtype in (("one", torch.float32), ("two", torch.float32), ("two", torch.float64)):
+        h, w = hidden.to(dtype).clone().requires_grad_(), weight.to(dtype).clone().requires_grad_()
+        if way == "one":
+            out = fastrlhf.linear_policy_loss(
+                h, w, labels, old, advantages, None, temperature=temperature, backend=backend, **options
+            )
+        else:
+            name = "reference" if dtype == torch.float64 else backend
+            lp = fastrlhf.linear_logprobs(h, w, labels, temperature=temperature, entropy=True, backend=name)
+            at = [t.to(dtype) for t in (old, advantages)]
+            out = fastrlhf.policy_loss(lp.logprobs, *at, None, entropy=lp.entropy, backend=name, **options)
+        out.loss.backward()
+        grads.append((h.grad, w.grad))
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    lp = fastrlhf.linear_logprobs(h, w, labels, temperature=temperature, entropy=True, backend="reference")
+    fastrlhf.policy_loss(lp.logprobs, old, advantages, None, entropy=lp.entropy, backend="reference", **options).loss.backward()
+    for one, two, exact, plain in zip(*grads, (h.grad, w.grad), strict=True):
+        bound = 2 * float((plain - exact).abs().max()) + 1e-6 * float(exact.abs().max()) + 1e-9
+        for ours in (one, two):
+            assert float((ours - exact).abs().max()) <= bound

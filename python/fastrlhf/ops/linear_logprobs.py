@@ -84,6 +84,7 @@ def linear_logprobs(
         value_checks.kept(indptr, indices, total)
     if hidden.dim() > 3:
         hidden = hidden.contiguous()
+    bias = None if bias is None else bias.contiguous()
     narrow = weight_grad_dtype not in (torch.float32, torch.float64)
     arguments = (
         hidden, weight, bias, labels.contiguous(), temperatures, mask, indptr, indices, float(temperature), softcap or 0.0,

@@ -87,6 +87,7 @@ def linear_policy_loss(
     backend = head_inputs(
         "linear_policy_loss", hidden, weight, bias, workspace_bytes, weight_grad_dtype, workspace_dtype, backend
     )
+    bias = None if bias is None else bias.contiguous()
     lead, vocab = hidden.shape[:-1], weight.shape[0]
     if labels.shape != lead:
         raise ValueError(f"labels: expected shape {tuple(lead)}, got {checks.shape_of(labels)}")
