@@ -108,7 +108,8 @@ class Exponentials:
 def gradients(
     call: HeadCall, results: Results, grads: tuple[Tensor | None, ...], sums: tuple[Tensor | None, Tensor | None, Tensor | None]
 ) -> None:
-    """Adds to sums (rows, H), (V, H), (V), float32 but for (V, H): strip by strip, d logits by the kernel, the two products by torch."""
+    """Adds to sums (rows, H), (V, H), (V), float32 but for (V, H): strip by strip, d logits by the kernel, two products by
+    torch."""
     front = Front(call)
     grad_hidden, grad_weight, grad_bias = sums
 

@@ -74,7 +74,7 @@ def linear_logprobs(
         "hidden", hidden, lead, vocab, labels, temperature, softcap, kept, vocab_parallel
     )
     if inputs == "reference":
-        x = reference.logits(hidden, weight, bias)
+        x = reference.logits(hidden, weight, bias, reference.ignored_rows(hidden, labels, ignore_index))
         return of_logits(x, labels, temperatures, temperature, softcap, ignore_index, entropy, lse, kept, parallel)
     mask, indptr, indices = kept_parts(kept)
     start, total = (parallel.vocab_start, parallel.vocab_size) if parallel else (0, vocab)
@@ -235,15 +235,14 @@ def statistics(call: HeadCall, backend: str) -> Tensor:
         return partials
     cut = call.tiles()
     partials = empty((cut.across, call.rows, width), torch.float32, call.hidden)
-    chunked.forward(_logits(call, call.clean, backend), cut, partials, lambda x, tile, out: fold(call.of(x, tile), out, backend))
+    logits = _logits(call, call.clean, backend)
+    chunked.forward(logits, cut, partials, lambda x, tile, out: fold(call.of(x, tile), out, backend))
     return partials
 
 
 def _in_triton(call: HeadCall, backend: str) -> bool:
     """Whether the logits are Triton's own products: one label a row, no kept set."""
-    return (
-        backend == "triton" and call.labels.numel() == call.rows and call.kept_mask is None and call.kept_indptr is None
-    )
+    return backend == "triton" and call.labels.numel() == call.rows and call.kept_mask is None and call.kept_indptr is None
 
 
 def _logits(call: HeadCall, hidden: Tensor, backend: str) -> Callable[[Tile], Tensor]:
