@@ -12,10 +12,10 @@ from ..kernels.linear_logprobs.chunked import Tile, Tiles
 from ..kernels.policy_loss.reference import STATS, RolloutCorrection
 from . import checks, hopper_head, value_checks
 from .backend import DTYPES, address, empty, extension, result_dtype, threads
-from .distributed import all_gather
+from .distributed import all_gather, size_and_rank
 from .linear_logprobs import WORKSPACE, HeadCall, Results, head_inputs, linear_logprobs, merge_parts
 from .logprobs import Kept, combine, differentiate, fold, kept_parts, softmax_options
-from .policy_loss import PolicyLoss, policy_loss
+from .policy_loss import PolicyLoss, policy_loss, settings
 from .stats import LossStats
 
 BY_TOKEN = ("ppo", "reinforce", "gpg", "cispo", "sapo")
@@ -103,13 +103,17 @@ def linear_policy_loss(
     }  # fmt: skip
     over: dict[str, Any] = {
         "rollout_logprobs": rollout_logprobs, "rollout_correction": rollout_correction, "reduction": reduction,
-        "denominator": denominator, "cu_seqlens": cu_seqlens, "group": group, "backend": backend,
+        "denominator": denominator, "cu_seqlens": cu_seqlens, "group": group,
     }  # fmt: skip
+    at = hidden.new_empty(lead, dtype=result_dtype(hidden))
+    settings(at, old_logprobs, advantages, mask, entropy=at, **loss_options, **over | {"group": None})
+    over["backend"] = backend
+    counted = torch.where(mask != 0, labels, torch.full_like(labels, ignore_index))
     inputs = [t for t in (hidden, weight, bias) if t is not None]
     wants = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if not wants or backend == "reference":
         out = linear_logprobs(
-            hidden, weight, labels, bias=bias, temperature=temperature if temperatures is None else temperatures.view(lead),
+            hidden, weight, counted, bias=bias, temperature=temperature if temperatures is None else temperatures.view(lead),
             softcap=softcap, ignore_index=ignore_index, kept=kept, vocab_parallel=parallel, entropy=True,
             workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip
@@ -119,10 +123,9 @@ def linear_policy_loss(
     kept_mask, indptr, indices = kept_parts(kept)
     start, total = (parallel.vocab_start, parallel.vocab_size) if parallel else (0, vocab)
     if value_checks.wanted(backend):
-        value_checks.labels(labels, total, ignore_index)
+        value_checks.labels(counted, total, ignore_index)
         value_checks.temperatures(temperatures)
         value_checks.kept(indptr, indices, total)
-    counted = torch.where(mask != 0, labels, torch.full_like(labels, ignore_index))
     call = HeadCall(
         hidden.detach(), weight.detach(), None if bias is None else bias.detach(), counted, temperatures, kept_mask,
         indptr, indices, float(temperature), softcap or 0.0, ignore_index, start, total, workspace_bytes,
@@ -204,8 +207,10 @@ class _InForward(torch.autograd.Function):
         lead, dtype = hidden.shape[:-1], result_dtype(hidden)
         sums = _Sums(call, wanted, backend)
         lp, entropy = (torch.zeros(lead, dtype=dtype, device=hidden.device) for _ in range(2))
-        for rows in _blocks(call, backend):
+        for rows in _blocks(call, backend, 1 if group is None else size_and_rank(group)[0]):
             block = _of_rows(call, rows)
+            if backend == "cpu" and hidden.dtype == torch.float16:  # the gradient comes in hidden's dtype
+                block = block._replace(hidden=block.hidden.float())
             results, logits = _multiply_out(block, group, backend)
             assert results.entropy is not None
             lp.view(-1)[rows] = results.logprobs
@@ -214,7 +219,7 @@ class _InForward(torch.autograd.Function):
             sums.add(block, rows, results, (*grads, None), logits)
             del logits  # before the next block's are made
         loss, stats = tokens.whole(lp, entropy)
-        ctx.grads = sums.results()
+        ctx.grads, ctx.dtypes = sums.results(), [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.mark_non_differentiable(stats.values)
         return loss.detach(), stats.values
 
@@ -228,12 +233,18 @@ class _InForward(torch.autograd.Function):
             for g in grads:
                 if g is not None:
                     g.mul_(grad_loss.to(g.dtype) if g.dtype == torch.float64 else grad_loss.float())
-        return *grads, *[None] * 4
+        return *(None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), *[None] * 4
 
 
-def _blocks(call: HeadCall, backend: str) -> list[Any]:
-    """Rows whose logits fit the workspace together. Where looking costs nothing, only those that count."""
-    height = max(1, call.workspace_bytes // (call.weight.shape[0] * result_dtype(call.hidden).itemsize))
+def _blocks(call: HeadCall, backend: str, world: int) -> list[Any]:
+    """Rows whose logits fit the workspace together, the same on all ranks: those of unequal shards fit on the average. Where
+    looking costs nothing, only those that count."""
+    columns, itemsize = -(-call.vocab_total // world), result_dtype(call.hidden).itemsize
+    if backend == "cpu":
+        columns += 5 * call.hidden.shape[-1] + 1920  # rows and their gradients, plain and packed; two strips of d logits
+    elif backend == "cuda" and call.rounded and hopper_head.serves(call):
+        itemsize = 2
+    height = max(1, call.workspace_bytes // (columns * itemsize))
     if backend == "cpu":
         height = max(32, height // 32 * 32)
         rows = (call.labels.reshape(-1) != call.ignore_index).nonzero().squeeze(1)
@@ -298,8 +309,8 @@ class _Sums:
         self.call, self.backend = call, backend
         wide = result_dtype(call.hidden)
         zeros = lambda t, d: torch.zeros(t.shape, dtype=d, device=t.device)  # noqa: E731
-        self.hidden = zeros(call.flat, call.hidden.dtype) if wanted[0] else None
-        self.weight = zeros(call.weight, call.weight.dtype if call.narrow else wide) if wanted[1] else None
+        self.hidden = zeros(call.flat, _held(call.hidden)) if wanted[0] else None
+        self.weight = zeros(call.weight, _held(call.weight) if call.narrow else wide) if wanted[1] else None
         self.bias = zeros(call.bias, wide) if wanted[2] and call.bias is not None else None
 
     def add(self, call: HeadCall, rows: Any, results: Results, grads: tuple[Tensor | None, ...], logits: Logits) -> None:
@@ -336,6 +347,11 @@ class _Sums:
         call = self.call
         return (
             None if self.hidden is None else self.hidden.view(call.hidden.shape),
-            None if self.weight is None else self.weight.to(call.weight.dtype),
-            None if self.bias is None or call.bias is None else self.bias.to(call.bias.dtype),
+            None if self.weight is None else self.weight.to(_held(call.weight)),
+            None if self.bias is None or call.bias is None else self.bias.to(_held(call.bias)),
         )
+
+
+def _held(t: Tensor) -> torch.dtype:
+    """Of a gradient until the loss's own is known: what float16 holds is too small for it before it is scaled."""
+    return torch.float32 if t.dtype == torch.float16 else t.dtype
