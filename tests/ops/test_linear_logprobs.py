@@ -367,6 +367,22 @@ def test_only_what_is_wanted_is_made(backend):
         assert [t.grad is not None for t in tensors] == [i == which for i in range(3)]
 
 
+@pytest.mark.parametrize("op", ["linear_logprobs", "linear_policy_loss", "logprobs"])
+def test_there_is_no_second_derivative(compiled, op):
+    hidden, weight, _, labels = head(9, 60, 12, torch.float32)
+    h = hidden.requires_grad_()
+    if op == "logprobs":
+        loss = fastrlhf.logprobs(h @ weight.T, labels, backend=compiled).logprobs.sum()
+    elif op == "linear_logprobs":
+        loss = fastrlhf.linear_logprobs(h, weight, labels, backend=compiled).logprobs.sum()
+    else:
+        loss = fastrlhf.linear_policy_loss(h, weight, labels, torch.zeros(9), torch.ones(9), None, backend=compiled).loss
+    (grad,) = torch.autograd.grad(loss, h, create_graph=True)
+    assert grad.isfinite().all()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (loss.detach() + grad.square().sum()).backward()
+
+
 def test_torch_compile(compiled):
     hidden, weight, _, labels = head(9, 60, 12, torch.float32)
 

@@ -276,3 +276,19 @@ def test_workspace_bounds_the_memory_of_wide_heads():
     )  # fmt: skip
     assert max(map(len, blocks)) * (vocab + 5 * width) * 4 <= workspace
     assert torch.equal(torch.cat(blocks), torch.arange(rows))
+
+
+def test_torch_compile_breaks_the_graph(compiled):
+    hidden, weight, bias, labels, tokens = case()
+    losses = []
+
+    def f(h):
+        return fastrlhf.linear_policy_loss(h * 1.0, weight, labels, *tokens.values(), bias=bias, backend=compiled).loss * 2
+
+    for function in (f, torch.compile(f, backend="aot_eager")):
+        h = hidden.clone().requires_grad_()
+        loss = function(h)
+        loss.backward()
+        losses.append((loss.detach(), h.grad))
+    for a, b in zip(*losses, strict=True):
+        assert torch.equal(a, b)

@@ -13,7 +13,7 @@ from ..kernels.linear_logprobs.chunked import Tile, Tiles
 from . import checks, hopper_head, value_checks
 from .backend import DTYPES, FLOATS, address, choose, empty, extension, matrix, result_dtype, threads, triton_kernels, with_rows
 from .distributed import all_gather
-from .library import Op, present
+from .library import Op, once_differentiable, present
 from .logprobs import Call, Kept, Logprobs, combine, differentiate, fold, kept_parts, of_logits, softmax_options
 
 WORKSPACE = 256 << 20
@@ -41,7 +41,8 @@ def linear_logprobs(
     while it is in cache or registers, and made again in the backward.
 
     The products are summed in float32 whatever the inputs, and never rounded below it: log-probs are those of a float32 head.
-    Deterministic; a row's result does not depend on the rows beside it, nor on the number of threads.
+    Deterministic; a row's result does not depend on the number of threads, nor on the rows beside it, but where a GPU multiplies
+    through torch (kept sets, several labels a row; with backend "cuda" all but bfloat16 on Hopper): cuBLAS rounds by their number.
 
     Args:
         hidden: (..., H), float32, bfloat16, float16 or float64, last stride 1.
@@ -54,14 +55,15 @@ def linear_logprobs(
             forward, nothing backward: the gradient of hidden is this rank's share, to be summed over the group where hidden was
             copied to it, as for any column-parallel layer.
         workspace_bytes: for packed operands and tiles; more only where one panel needs it.
-        weight_grad_dtype: what the weight's gradient is summed in, where it is summed in parts; it arrives in weight's dtype.
+        weight_grad_dtype: what the weight's gradient is summed in, where it is summed in parts; it arrives in weight's dtype. In
+            float32 the sum takes 4 V H bytes beside the result, bfloat16 takes none.
         workspace_dtype: what the logits' gradient is rounded to before it is multiplied. bfloat16, with bfloat16 inputs, takes
             half the time of float32 there, at the price of gradients that carry the rounding of their terms (of 2^-9 each)
             beside their own. A CPU without AVX-512-BF16 multiplies float32 all the same.
         backend: "cuda", "triton", "cpu" or "reference"; None chooses.
 
     Returns:
-        `Logprobs`, as `logprobs` returns it. Gradients flow to hidden, weight and bias.
+        `Logprobs`, as `logprobs` returns it. Gradients flow to hidden, weight and bias, once: differentiating them is an error.
 
     Raises:
         TypeError, ValueError, IndexError: as `logprobs`, naming the argument.
@@ -419,7 +421,7 @@ class _VocabParallel(torch.autograd.Function):
         return out.logprobs, out.entropy if entropy else None, out.lse if lse else None
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         *tensors, m, log_sum, H = ctx.saved_tensors
         call = HeadCall(*tensors, *ctx.options)

@@ -13,6 +13,7 @@ from ..kernels.policy_loss.reference import STATS, RolloutCorrection
 from . import checks, hopper_head, value_checks
 from .backend import DTYPES, address, empty, extension, result_dtype, threads
 from .distributed import all_gather, size_and_rank
+from .library import once_differentiable
 from .linear_logprobs import WORKSPACE, HeadCall, Results, head_inputs, linear_logprobs, merge_parts
 from .logprobs import Kept, combine, differentiate, fold, kept_parts, softmax_options
 from .policy_loss import PolicyLoss, policy_loss, settings
@@ -68,12 +69,14 @@ def linear_policy_loss(
         hidden: (B, T, H), packed (total, H) with `cu_seqlens`, or (T, H). weight, labels, bias, temperature, softcap,
             ignore_index, kept, vocab_parallel, weight_grad_dtype, workspace_dtype: as for `linear_logprobs`; one label a row.
         mask: the leading shape; None counts every row whose label is not ignore_index. A row where it is 0 costs nothing.
-        workspace_bytes: the logits of a block of rows lie in it, at least one panel of rows.
+        workspace_bytes: the logits of a block of rows lie in it, at least one panel of rows. The blocks' gradients of weight are
+            summed in float32, 4 V H bytes beside the result unless weight is float32 or `weight_grad_dtype` narrower.
         kind: a token-level one: ppo, reinforce (gpg), cispo, sapo. The rest: as for `policy_loss`; the entropy that
             entropy_coef weighs is the rows'.
 
     Returns:
-        `PolicyLoss(loss, stats)`, as `policy_loss`. Its backward can be called once.
+        `PolicyLoss(loss, stats)`, as `policy_loss`. Its backward can be called once. torch.compile breaks the graph around it;
+        with fullgraph=True use `policy_loss(linear_logprobs(...).logprobs, ...)`.
 
     Raises:
         TypeError, ValueError, IndexError: as the two ops; ValueError for a sequence-level kind, whose gradient needs the whole
@@ -224,7 +227,7 @@ class _InForward(torch.autograd.Function):
         return loss.detach(), stats.values
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
         if ctx.grads is None:
             raise RuntimeError("linear_policy_loss: its gradients were made once and are gone; call it again")
