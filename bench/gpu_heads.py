@@ -176,11 +176,14 @@ def losses(setting: Setting) -> Iterator[Case]:
         def of_logprobs(logprobs_: Tensor) -> Tensor:
             return policy_loss.plain(logprobs_, old, advantages, mask)[0]
 
-        def op(name: str) -> Variant:
+        def op(name: str, **options: Any) -> Variant:
             fused = fastrlhf.linear_policy_loss
-            return variant(lambda *a: fused(*a, old, advantages, mask, backend=name).loss)
+            return variant(lambda *a: fused(*a, old, advantages, mask, backend=name, **options).loss)
 
+        # d logits as float32, which is the default, and rounded as the other variants round them
         found = ours(setting, "linear_policy_loss", op)
+        rounded = {"workspace_dtype": torch.bfloat16}
+        found |= {f"{n} rounded": op(n.removeprefix(f"{OURS} "), **rounded) for n in list(found)}
         found["torch eager"] = variant(lambda h, w, y: of_logprobs(logprobs.plain(h @ w.T, y)))
         if verl := peers.verl_linear_cross_entropy():
             found["verl linear_cross_entropy"] = variant(lambda *a: of_logprobs(_verl(verl, *a)[0]))

@@ -10,7 +10,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "convert.h"
 
@@ -202,23 +201,19 @@ inline int64_t panels_in_cache(int64_t K) {
 constexpr int64_t most_panels = 8;
 
 // The product of `count` panels of A (no more than `most_panels`) and the panels [first, last) of B: finish(j, tiles) for each panel
-// of B, with the tiles of A's panels one after another, (count MR, NR). Sum: what the runs are added in, then rounded once.
-template <class T, class Sum, class E, class Finish>
+// of B, with the tiles of A's panels one after another, (count MR, NR). Runs are added in double, and rounded once.
+template <class T, class E, class Finish>
 inline void multiply_group(const E* a, int64_t count, const E* b, int64_t first, int64_t last, int64_t K, Finish&& finish) {
   constexpr int64_t MR = TileOf<T>::MR, NR = TileOf<T>::NR;
-  alignas(64) Sum sums[most_panels * MR * NR];
-  alignas(64) T rounded[std::is_same<T, Sum>::value ? 1 : most_panels * MR * NR];
+  alignas(64) double sums[most_panels * MR * NR];
+  alignas(64) T rounded[most_panels * MR * NR];
   const int64_t units = units_of<E>(K), step = 1024;  // of k: what of a panel of B stays near while it meets the panels of A
   for (int64_t j = first; j < last; ++j) {
     for (int64_t k = 0; k < units || k == 0; k += step)
       for (int64_t i = 0; i < count; ++i)
         multiply_panels(a + (i * units + k) * MR, b + (j * units + k) * NR, std::min(step, units - k), sums + i * MR * NR, k > 0);
-    if constexpr (std::is_same<T, Sum>::value) {
-      finish(j, sums);
-    } else {
-      for (int64_t i = 0; i < count * MR * NR; ++i) rounded[i] = static_cast<T>(sums[i]);
-      finish(j, rounded);
-    }
+    for (int64_t i = 0; i < count * MR * NR; ++i) rounded[i] = static_cast<T>(sums[i]);
+    finish(j, rounded);
   }
 }
 

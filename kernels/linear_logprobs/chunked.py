@@ -2,11 +2,13 @@
 
 A tile is a part of the vocabulary: what the `logprobs` kernels know as a rank's shard of it. Forward leaves each tile's partial
 statistics; backward turns a tile into its gradient in place, which two more products consume. The tiles of a call depend on its
-sizes alone.
+sizes alone, but what torch's products round may depend on how many rows there are.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -43,25 +45,54 @@ class Tiles(NamedTuple):
 
 
 def tiles(rows: int, vocab: int, workspace_bytes: int, itemsize: int = 4) -> Tiles:
-    """As wide as the workspace lets all rows be, but for `SMALLEST`; then as high."""
+    """As wide as high where the workspace is full. The width depends on the vocabulary and the workspace alone: a row's
+    statistics are merged in the same parts, whatever rows come with it."""
     elements = max(workspace_bytes // itemsize, 1)
-    width = min(vocab, max(SMALLEST, elements // max(rows, 1) // 128 * 128))
+    width = min(vocab, max(SMALLEST, math.isqrt(elements) // 128 * 128))
     return Tiles(rows, vocab, max(1, min(rows, elements // width)), width)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b summed and left in float32. On a GPU halves multiply at the speed of halves; float32 with bfloat16 is two such
-    products, of the float's first 8 bits and its next 8: within 2^-17 of it. Never TF32."""
-    if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b, or `out` (float32) += a @ b in place, summed and left in float32. On a GPU halves multiply at the speed of halves;
+    float32 with bfloat16 is two such products, of the float's first 8 bits and its next 8: within 2^-17 of it. Never TF32,
+    and no autocast."""
+    with _exactly(a.device):
+        for left, right in _terms(a, b):
+            wide = {} if left.dtype == torch.float32 else {"out_dtype": torch.float32}
+            if out is None:
+                out = torch.mm(left, right, **wide)
+            else:
+                torch.addmm(out, left, right, **wide, out=out)
+    assert out is not None
+    return out
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, which takes room of out's size where out is not float32."""
+    if out.dtype == torch.float32:
+        product(a, b, out)
+    else:
+        out += product(a, b)
+
+
+def _terms(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The products that a @ b is the sum of."""
+    if a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
         if a.dtype == torch.float32 and b.dtype == torch.bfloat16:
             high = a.bfloat16()
-            return product(high, b).add_(product((a - high).bfloat16(), b))
+            return [(high, b), ((a - high).bfloat16(), b)]
         if a.dtype != torch.float32 and a.dtype == b.dtype:
-            return torch.mm(a, b, out_dtype=torch.float32)
+            return [(a, b)]
+    return [(a.float(), b.float())]
+
+
+@contextlib.contextmanager
+def _exactly(device: torch.device) -> Iterator[None]:
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        return a.float() @ b.float()
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
@@ -72,40 +103,34 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> T
 
 
 def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cut: Tiles,
-    partials: Tensor,
-    fold: Callable[[Tensor, Tile, Tensor], None],
+    logits: Callable[[Tile], Tensor], cut: Tiles, partials: Tensor, fold: Callable[[Tensor, Tile, Tensor], None]
 ) -> None:
     """partials (tiles across, rows, 3 + labels): fold(logits, tile, partials of the tile) writes them."""
     for tile in cut:
-        fold(logits(hidden, weight, bias, tile), tile, partials[tile.columns.start // cut.width, tile.rows])
+        fold(logits(tile), tile, partials[tile.columns.start // cut.width, tile.rows])
 
 
 def backward(
+    logits: Callable[[Tile], Tensor],
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     cut: Tiles,
     differentiate: Callable[[Tensor, Tile], None],
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
-    stored: Tensor | None = None,
     round_to: torch.dtype = torch.float32,
 ) -> None:
-    """Adds to float32 (rows, H), (V, H) and (V) sums; differentiate(logits, tile) turns logits into their gradient in place.
-    `stored`: the logits (rows, V), if they are still there. `round_to`: what their gradient is rounded to before it is
+    """Adds to sums (rows, H), (V, H) and (V), float32 but for (V, H); `logits` gives those of the forward, to the bit, and
+    differentiate(logits, tile) turns them into their gradient in place. `round_to`: what that is rounded to before it is
     multiplied: bfloat16 halves the work on a GPU."""
     for tile in cut:
-        x = logits(hidden, weight, bias, tile) if stored is None else stored[tile.rows, tile.columns]
+        x = logits(tile)
         differentiate(x, tile)
         if grad_bias is not None:
             grad_bias[tile.columns] += x.sum(0)
         x = x.to(round_to)
         if grad_hidden is not None:
-            grad_hidden[tile.rows] += product(x, weight[tile.columns])
+            product(x, weight[tile.columns], grad_hidden[tile.rows])
         if grad_weight is not None:
-            grad_weight[tile.columns] += product(x.T, hidden[tile.rows])
+            add_product(grad_weight[tile.columns], x.T, hidden[tile.rows])

@@ -160,7 +160,7 @@ void forward_block(const LinearArgs& a, const Block<T, E>& block) {
     for (int64_t column = s * segment; column < end; column += group) {
       const int64_t columns = std::min(group, end - column);
       pack_weights<T>(a, column, columns, packed);
-      multiply_group<T, double>(packed, panels_of(columns, MR), block.packed.get(), first, last, a.width, [&](int64_t p, T* tile) {
+      multiply_group<T>(packed, panels_of(columns, MR), block.packed.get(), first, last, a.width, [&](int64_t p, T* tile) {
         T* lane = high + p * NR;
         finish_logits(a, block.panel[p], column, columns, tile, [&](int64_t j, int64_t k, T z) { lane[(1 + k) * padded + j] = z; });
         fold(block.panel[p], columns, tile, Lanes<T>{lane, sum + p * NR, sum + padded + p * NR});
@@ -274,7 +274,8 @@ class BackwardBlock {
       }
       E* packed = weights_.get() + worker * group_ * block_.units;
       pack_weights<T>(a_, strip + begin, n, packed);
-      multiply_group<T, T>(packed, panels_of(n, MR), block_.packed.get(), first, last, H_, [&](int64_t p, T* tile) {
+      // as the forward did, to the bit: a confident row's gradient is the difference between its logits and their maximum
+      multiply_group<T>(packed, panels_of(n, MR), block_.packed.get(), first, last, H_, [&](int64_t p, T* tile) {
         finish_logits(a_, block_.panel[p], strip + begin, n, tile, [](int64_t, int64_t, T) {});
         logit_gradient(strip, begin, n, p, tile);
       });

@@ -25,7 +25,7 @@ def _worker(rank: int, world: int, port: int, kernels: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
-        for check in (vocab_parallel, fused_head, statistics, losses):
+        for check in (vocab_parallel, fused_head, unequal_shards, statistics, losses):
             torch.manual_seed(0)
             check(rank, world, kernels)
     finally:
@@ -131,6 +131,28 @@ def fused_head(rank: int, world: int, kernels: str) -> None:
             torch.testing.assert_close(*losses_, rtol=1e-6, atol=1e-6)
             same_on_all_ranks(losses_[0])
             _shares_add_up(local, whole, mine)
+
+
+def unequal_shards(rank: int, world: int, kernels: str) -> None:
+    """Blocks of rows are the same on every rank, whatever each rank's columns would let be."""
+    width, vocab, rows = 8, 960, 150
+    cuts = [0, *(vocab * 3 // 4 + 10 * i for i in range(world - 1)), vocab]
+    mine = slice(cuts[rank], cuts[rank + 1])
+    hidden, weight, labels = torch.randn(rows, width), torch.randn(vocab, width) / 2, torch.randint(0, vocab, (rows,))
+    group, workspace = VocabParallel(dist.group.WORLD, mine.start, mine.stop, vocab), 1 << 17
+    for backend in (b for b in backends(kernels) if b != "reference"):
+        whole = [t.clone().requires_grad_() for t in (hidden, weight)]
+        local = [t.clone().requires_grad_() for t in (hidden, weight[mine])]
+        for (h, w), parallel in ((whole, None), (local, group)):
+            out = fastrlhf.linear_policy_loss(
+                h, w, labels, torch.full((rows,), -5.0), torch.ones(rows), None, vocab_parallel=parallel,
+                workspace_bytes=workspace, backend=backend,
+            )  # fmt: skip
+            out.loss.backward()
+        same_on_all_ranks(out.loss.detach())
+        dist.all_reduce(local[0].grad)
+        for a, b in zip(local, (whole[0].grad, whole[1].grad[mine]), strict=True):
+            torch.testing.assert_close(a.grad, b, rtol=1e-4, atol=1e-6)
 
 
 def _shares_add_up(local: list[torch.Tensor], whole: list[torch.Tensor], mine: slice) -> None:

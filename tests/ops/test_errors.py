@@ -15,6 +15,7 @@ logits, labels = torch.randn(2, 5), torch.tensor([0, 4])
 half_meta = torch.empty(2, 3, device="meta")
 cu = torch.tensor([0, 2, 6])
 six = torch.randn(6)
+h23, w54, y23 = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4), torch.zeros(2, 3, dtype=torch.long)
 
 CASES = [
     # op, arguments, options, error, what the message must hold
@@ -86,6 +87,15 @@ CASES = [
     (f.policy_loss, (x23, x23, x23, m23), {"rollout_correction": "is"}, ValueError, "rollout_correction: kind"),
     (f.policy_loss, (x23, x23, x23, m23), {"denominator": -1.0}, ValueError, "denominator"),
     (f.policy_loss, (x23, x23, x23, m23), {"denominator": torch.ones(2)}, ValueError, "denominator: expected one number"),
+    (f.linear_policy_loss, (h23, w54, y23, x23[:1], x23, m23), {}, ValueError, "old_logprobs: expected the shape of logprobs, (2, 3), got (1, 3)"),
+    (f.linear_policy_loss, (h23, w54, y23, None, x23, m23), {}, TypeError, "old_logprobs: expected a torch.Tensor, got NoneType"),
+    (f.linear_policy_loss, (h23, w54, y23, x23, torch.ones(3), m23), {}, ValueError, "advantages: expected the shape of logprobs, (2, 3), or (2,), got (3)"),
+    (f.linear_policy_loss, (h23, w54, y23, x23, x23, m23[:, :1]), {}, ValueError, "mask: expected the shape of logprobs, (2, 3), got (2, 1)"),
+    (f.linear_policy_loss, (h23, w54, y23, x23, x23, [1]), {}, TypeError, "mask: expected a torch.Tensor, got list"),
+    (f.linear_policy_loss, (h23, w54, y23, x23, x23, m23), {"ref_logprobs": x23[:, :2]}, ValueError, "ref_logprobs: expected the shape"),
+    (f.linear_policy_loss, (h23, w54, y23, x23, x23, m23), {"kl_coef": 0.1}, ValueError, "ref_logprobs: needed for kl_coef=0.1"),
+    (f.linear_policy_loss, (h23, w54, y23, x23, x23, m23), {"clip_low": -1.0}, ValueError, "clip_low"),
+    (f.linear_policy_loss, (h23, w54, y23, x23, x23, m23), {"denominator": -1.0}, ValueError, "denominator"),
     (f.value_loss, (x23, None, x23, m23), {}, ValueError, "old_values: needed for clip=0.2"),
     (f.value_loss, (x23, x23, x23, m23), {"clip": 0.0}, ValueError, "clip"),
     (f.preference_loss, (six, six[:3], six, six), {"kind": "dpo"}, ValueError, "rejected: expected the shape of chosen, (6), got (3)"),

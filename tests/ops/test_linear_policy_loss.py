@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import sys
+
 import fastrlhf
 import pytest
 import torch
+from fastrlhf.ops.linear_logprobs import HeadCall
 
 from tests.oracle import INTERPRETED
 
@@ -116,9 +119,6 @@ def test_kept_sets(backend):
 
 
 def test_masked_rows_are_not_looked_at(backend):
-    if backend == "reference":
-        pytest.skip("the reference multiplies every row")
-
     def poison(hidden, labels, tokens):
         hidden[~tokens["mask"]] = torch.nan
         labels[~tokens["mask"]] = -100
@@ -184,3 +184,111 @@ def test_the_gradients_are_given_once(compiled):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="call it again"):
         loss.backward()
+
+
+def test_a_bias_may_lie_anywhere(backend):
+    hidden, weight, _, labels, tokens = case()
+    table = torch.randn(V, 3)
+    results = []
+    for make in (lambda t: t[:, 1], lambda t: t[:, 1].contiguous()):
+        h, t = hidden.clone().requires_grad_(), table.clone().requires_grad_()
+        out = fastrlhf.linear_policy_loss(h, weight, labels, *tokens.values(), bias=make(t), backend=backend)
+        out.loss.backward()
+        results.append((out.loss.detach(), h.grad, t.grad))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize("gap", [10.0, 25.0, 60.0])
+def test_confident_rows(backend, gap, temperature):
+    """The same gradients in one step and in two where they are differences of nearly equal numbers."""
+    rows, vocab, width = 8, 300, 256
+    hidden, labels = torch.randn(rows, width), torch.arange(rows) * 3
+    weight = torch.randn(vocab, width) * 2 / width**0.5
+    weight[labels + torch.arange(rows) % 2] = gap * hidden / hidden.square().sum(-1, keepdim=True)
+    old, advantages, options = torch.zeros(rows), torch.randn(rows), {"kind": "reinforce", "entropy_coef": 0.1}
+    grads = []
+    for way, dtype in (("one", torch.float32), ("two", torch.float32), ("two", torch.float64)):
+        h, w = hidden.to(dtype).clone().requires_grad_(), weight.to(dtype).clone().requires_grad_()
+        if way == "one":
+            out = fastrlhf.linear_policy_loss(
+                h, w, labels, old, advantages, None, temperature=temperature, backend=backend, **options
+            )
+        else:
+            name = "reference" if dtype == torch.float64 else backend
+            lp = fastrlhf.linear_logprobs(h, w, labels, temperature=temperature, entropy=True, backend=name)
+            at = [t.to(dtype) for t in (old, advantages)]
+            out = fastrlhf.policy_loss(lp.logprobs, *at, None, entropy=lp.entropy, backend=name, **options)
+        out.loss.backward()
+        grads.append((h.grad, w.grad))
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    lp = fastrlhf.linear_logprobs(h, w, labels, temperature=temperature, entropy=True, backend="reference")
+    fastrlhf.policy_loss(lp.logprobs, old, advantages, None, entropy=lp.entropy, backend="reference", **options).loss.backward()
+    for one, two, exact, plain in zip(*grads, (h.grad, w.grad), strict=True):
+        bound = 2 * float((plain - exact).abs().max()) + 1e-6 * float(exact.abs().max()) + 1e-9
+        for ours in (one, two):
+            assert float((ours - exact).abs().max()) <= bound
+
+
+@pytest.mark.parametrize("wants", [True, False])
+def test_labels_of_masked_rows_may_be_anything(backend, wants):
+    hidden, weight, bias, labels, tokens = case()
+    losses = []
+    for filler in (0, V + 1000):
+        y = torch.where(tokens["mask"], labels, filler)
+        out = fastrlhf.linear_policy_loss(
+            hidden.clone().requires_grad_(wants), weight, y, *tokens.values(), bias=bias, backend=backend
+        )
+        losses.append(out.loss.detach())
+    assert torch.equal(*losses)
+
+
+def test_small_gradients_of_halves_survive_until_the_loss_is_scaled(backend):
+    """A mean over 4096 tokens is below what float16 holds; its scaler multiplies it up again."""
+    rows, scale = 4096 if not INTERPRETED else 64, 2.0**16
+    hidden, weight = torch.randn(rows, 16).half(), (torch.randn(40, 16) * 0.3).half()
+    labels, advantages = torch.randint(0, 40, (rows,)), torch.randn(rows) * 0.1
+    old = fastrlhf.linear_logprobs(hidden, weight, labels, backend="reference").logprobs
+    grads = []
+    for dtype in (torch.float16, torch.float64):
+        h, w = (t.to(dtype, copy=True).requires_grad_() for t in (hidden, weight))
+        name = backend if dtype == torch.float16 else "reference"
+        at = [t.to(torch.float32 if dtype == torch.float16 else dtype) for t in (old, advantages)]
+        loss = fastrlhf.linear_policy_loss(h, w, labels, *at, None, denominator=4096.0, backend=name).loss
+        (loss * scale).backward()
+        grads.append((h.grad.double(), w.grad.double()))
+    for ours, exact in zip(*grads, strict=True):
+        assert float((ours - exact).norm() / exact.norm()) < 1e-3
+
+
+@pytest.mark.cpu_only
+def test_workspace_bounds_the_memory_of_wide_heads():
+    """Of a block's rows, hidden states and gradients are there beside the logits."""
+    rows, vocab, width, workspace = 4096, 32, 512, 1 << 20
+    hidden, weight = torch.randn(rows, width), torch.randn(vocab, width)
+    blocks = sys.modules["fastrlhf.ops.linear_policy_loss"]._blocks(
+        HeadCall(
+            hidden, weight, None, torch.zeros(rows, dtype=torch.long), None, None, None, None, 1.0, 0.0, -100, 0, vocab,
+            workspace, False, False,
+        ),
+        "cpu", 1,
+    )  # fmt: skip
+    assert max(map(len, blocks)) * (vocab + 5 * width) * 4 <= workspace
+    assert torch.equal(torch.cat(blocks), torch.arange(rows))
+
+
+def test_torch_compile_breaks_the_graph(compiled):
+    hidden, weight, bias, labels, tokens = case()
+    losses = []
+
+    def f(h):
+        return fastrlhf.linear_policy_loss(h * 1.0, weight, labels, *tokens.values(), bias=bias, backend=compiled).loss * 2
+
+    for function in (f, torch.compile(f, backend="aot_eager")):
+        h = hidden.clone().requires_grad_()
+        loss = function(h)
+        loss.backward()
+        losses.append((loss.detach(), h.grad))
+    for a, b in zip(*losses, strict=True):
+        assert torch.equal(a, b)

@@ -37,7 +37,7 @@ class Front:
         ignored = call.ignored.squeeze(1)
         self.order = torch.argsort(ignored.to(torch.uint8), stable=True)
         self.count = (call.rows - ignored.sum()).reshape(1)
-        self.hidden = call.flat.masked_fill(call.ignored, 0)[self.order]
+        self.hidden = call.clean[self.order]
         self.labels = call.labels.reshape(-1)[self.order]
         self.temperatures = None if call.temperatures is None else call.temperatures[self.order]
         self.call = call
@@ -102,13 +102,14 @@ class Exponentials:
         if grad_hidden is not None:
             grad_hidden.index_add_(0, order, chunked.product(d, call.weight).to(grad_hidden.dtype))
         if grad_weight is not None:
-            grad_weight += chunked.product(d.T, self.front.hidden)
+            chunked.add_product(grad_weight, d.T, self.front.hidden)
 
 
 def gradients(
     call: HeadCall, results: Results, grads: tuple[Tensor | None, ...], sums: tuple[Tensor | None, Tensor | None, Tensor | None]
 ) -> None:
-    """Adds to float32 sums (rows, H), (V, H), (V): strip by strip, d logits by the kernel, the two products by torch."""
+    """Adds to sums (rows, H), (V, H), (V), float32 but for (V, H): strip by strip, d logits by the kernel, two products by
+    torch."""
     front = Front(call)
     grad_hidden, grad_weight, grad_bias = sums
 
@@ -131,8 +132,8 @@ def gradients(
         if grad_bias is not None:
             grad_bias[columns] += d.float().sum(0)
         if ours is not None:
-            ours += chunked.product(d, call.weight[columns])
+            chunked.product(d, call.weight[columns], ours)
         if grad_weight is not None:
-            grad_weight[columns] += chunked.product(d.T, front.hidden)
+            chunked.add_product(grad_weight[columns], d.T, front.hidden)
     if grad_hidden is not None and ours is not None:
         grad_hidden[front.order] += ours

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 LIBRARY = torch.library.Library("fastrlhf", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -41,6 +40,23 @@ def on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
             with torch.cuda.device(first.device):
                 return implementation(*args)
         return implementation(*args)
+
+    return run
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward whose gradients have none: differentiating them is an error, also where torch's decorator of the name would
+    take them for constants, which is wherever the upstream gradient is one."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        with torch.no_grad():
+            out = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return out
+        each = out if isinstance(out, tuple) else (out,)
+        fail = torch._C._functions.DelayedError(b"fastrlhf: this op has no second derivative", len(each))
+        return fail(*(None if g is None else g.detach().requires_grad_() for g in each))
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from ..kernels.linear_logprobs.chunked import Tile, Tiles
 from . import checks, hopper_head, value_checks
 from .backend import DTYPES, FLOATS, address, choose, empty, extension, matrix, result_dtype, threads, triton_kernels, with_rows
 from .distributed import all_gather
-from .library import Op, on_its_device, present
+from .library import Op, on_its_device, once_differentiable, present
 from .logprobs import Call, Kept, Logprobs, combine, differentiate, fold, kept_parts, of_logits, softmax_options
 
 WORKSPACE = 256 << 20
@@ -40,7 +41,8 @@ def linear_logprobs(
     while it is in cache or registers, and made again in the backward.
 
     The products are summed in float32 whatever the inputs, and never rounded below it: log-probs are those of a float32 head.
-    Deterministic; a row's result does not depend on the rows beside it, nor on the number of threads.
+    Deterministic; a row's result does not depend on the number of threads, nor on the rows beside it, but where a GPU multiplies
+    through torch (kept sets, several labels a row; with backend "cuda" all but bfloat16 on Hopper): cuBLAS rounds by their number.
 
     Args:
         hidden: (..., H), float32, bfloat16, float16 or float64, last stride 1.
@@ -53,14 +55,15 @@ def linear_logprobs(
             forward, nothing backward: the gradient of hidden is this rank's share, to be summed over the group where hidden was
             copied to it, as for any column-parallel layer.
         workspace_bytes: for packed operands and tiles; more only where one panel needs it.
-        weight_grad_dtype: what the weight's gradient is summed in, where it is summed in parts; it arrives in weight's dtype.
+        weight_grad_dtype: what the weight's gradient is summed in, where it is summed in parts; it arrives in weight's dtype. In
+            float32 the sum takes 4 V H bytes beside the result, bfloat16 takes none.
         workspace_dtype: what the logits' gradient is rounded to before it is multiplied. bfloat16, with bfloat16 inputs, takes
             half the time of float32 there, at the price of gradients that carry the rounding of their terms (of 2^-9 each)
             beside their own. A CPU without AVX-512-BF16 multiplies float32 all the same.
         backend: "cuda", "triton", "cpu" or "reference"; None chooses.
 
     Returns:
-        `Logprobs`, as `logprobs` returns it. Gradients flow to hidden, weight and bias.
+        `Logprobs`, as `logprobs` returns it. Gradients flow to hidden, weight and bias, once: differentiating them is an error.
 
     Raises:
         TypeError, ValueError, IndexError: as `logprobs`, naming the argument.
@@ -73,7 +76,7 @@ def linear_logprobs(
         "hidden", hidden, lead, vocab, labels, temperature, softcap, kept, vocab_parallel
     )
     if inputs == "reference":
-        x = reference.logits(hidden, weight, bias)
+        x = reference.logits(hidden, weight, bias, reference.ignored_rows(hidden, labels, ignore_index))
         return of_logits(x, labels, temperatures, temperature, softcap, ignore_index, entropy, lse, kept, parallel)
     mask, indptr, indices = kept_parts(kept)
     start, total = (parallel.vocab_start, parallel.vocab_size) if parallel else (0, vocab)
@@ -83,6 +86,7 @@ def linear_logprobs(
         value_checks.kept(indptr, indices, total)
     if hidden.dim() > 3:
         hidden = hidden.contiguous()
+    bias = None if bias is None else bias.contiguous()
     narrow = weight_grad_dtype not in (torch.float32, torch.float64)
     arguments = (
         hidden, weight, bias, labels.contiguous(), temperatures, mask, indptr, indices, float(temperature), softcap or 0.0,
@@ -163,6 +167,11 @@ class HeadCall(NamedTuple):
         """hidden as (rows, H)."""
         return self.hidden.reshape(-1, self.hidden.shape[-1])
 
+    @property
+    def clean(self) -> Tensor:
+        """`flat` with zeros in the rows that have only ignore_index, whatever they hold."""
+        return self.flat.masked_fill(self.ignored, 0)
+
     def tiles(self) -> Tiles:
         return chunked.tiles(self.rows, self.weight.shape[0], self.workspace_bytes)
 
@@ -218,9 +227,9 @@ def statistics(call: HeadCall, backend: str) -> Tensor:
         return partials
     if backend == "cuda" and hopper_head.serves(call):
         return hopper_head.statistics(call)
-    if backend == "triton" and width == 4 and call.kept_mask is None and call.kept_indptr is None:
+    if _in_triton(call, backend):
         kernels = triton_kernels("linear_logprobs")
-        partials = empty((kernels.parts(call.hidden, call.weight.shape[0]), call.rows, width), torch.float32, call.hidden)
+        partials = empty((kernels.parts(call.hidden, call.weight), call.rows, width), torch.float32, call.hidden)
         kernels.forward(
             call.flat, call.weight, call.bias, call.labels.view(-1), call.temperatures, temperature=call.temperature,
             softcap=call.softcap, ignore_index=call.ignore_index, vocab_start=call.vocab_start, partials=partials,
@@ -228,8 +237,27 @@ def statistics(call: HeadCall, backend: str) -> Tensor:
         return partials
     cut = call.tiles()
     partials = empty((cut.across, call.rows, width), torch.float32, call.hidden)
-    chunked.forward(call.flat, call.weight, call.bias, cut, partials, lambda x, tile, out: fold(call.of(x, tile), out, backend))
+    logits = _logits(call, call.clean, backend)
+    chunked.forward(logits, cut, partials, lambda x, tile, out: fold(call.of(x, tile), out, backend))
     return partials
+
+
+def _in_triton(call: HeadCall, backend: str) -> bool:
+    """Whether the logits are Triton's own products: one label a row, no kept set."""
+    return backend == "triton" and call.labels.numel() == call.rows and call.kept_mask is None and call.kept_indptr is None
+
+
+def _logits(call: HeadCall, hidden: Tensor, backend: str) -> Callable[[Tile], Tensor]:
+    """Those of a tile before the soft cap, as the statistics had them."""
+    if not _in_triton(call, backend):
+        return lambda tile: chunked.logits(hidden, call.weight, call.bias, tile)
+    ignored = call.ignored.squeeze(1)
+
+    def of(tile: Tile) -> Tensor:
+        bias = None if call.bias is None else call.bias[tile.columns]
+        return triton_kernels("linear_logprobs").logits(hidden[tile.rows], call.weight[tile.columns], bias, ignored[tile.rows])
+
+    return of
 
 
 def _forward(*arguments: Any) -> tuple[Tensor | None, ...]:
@@ -277,15 +305,19 @@ def gradients(
             call.narrow, call.rounded, 0, call.workspace_bytes, threads(),
         )  # fmt: skip
     else:
+        on_hopper, cut = backend == "cuda" and hopper_head.serves(call), call.tiles()
+        in_parts = not on_hopper and cut.height < call.rows
+        wide = torch.float32 if in_parts and not call.narrow else call.weight.dtype
         hidden, weight, bias = (
-            torch.zeros(t.shape, dtype=torch.float32, device=t.device) if w and t is not None else None
-            for t, w in zip((call.flat, call.weight, call.bias), wanted, strict=True)
+            torch.zeros(t.shape, dtype=d, device=t.device) if w and t is not None else None
+            for t, d, w in zip((call.flat, call.weight, call.bias), (torch.float32, wide, torch.float32), wanted, strict=True)
         )
-        if backend == "cuda" and hopper_head.serves(call):
+        if on_hopper:
             hopper_head.gradients(call, results, grads_, (hidden, weight, bias))
         else:
+            clean = call.clean
             chunked.backward(
-                call.flat.masked_fill(call.ignored, 0), call.weight, call.bias, call.tiles(),
+                _logits(call, clean, backend), clean, call.weight, cut,
                 lambda x, tile: differentiate(call.of(x, tile), results, grads_, tile.rows, backend),
                 hidden, weight, bias, round_to=call.round_to,
             )  # fmt: skip
@@ -390,7 +422,7 @@ class _VocabParallel(torch.autograd.Function):
         return out.logprobs, out.entropy if entropy else None, out.lse if lse else None
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         *tensors, m, log_sum, H = ctx.saved_tensors
         call = HeadCall(*tensors, *ctx.options)

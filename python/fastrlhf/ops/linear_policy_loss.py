@@ -12,11 +12,11 @@ from ..kernels.linear_logprobs.chunked import Tile, Tiles
 from ..kernels.policy_loss.reference import STATS, RolloutCorrection
 from . import checks, hopper_head, value_checks
 from .backend import DTYPES, address, empty, extension, result_dtype, threads
-from .distributed import all_gather
-from .library import on_its_device
+from .distributed import all_gather, size_and_rank
+from .library import on_its_device, once_differentiable
 from .linear_logprobs import WORKSPACE, HeadCall, Results, head_inputs, linear_logprobs, merge_parts
 from .logprobs import Kept, combine, differentiate, fold, kept_parts, softmax_options
-from .policy_loss import PolicyLoss, policy_loss
+from .policy_loss import PolicyLoss, policy_loss, settings
 from .stats import LossStats
 
 BY_TOKEN = ("ppo", "reinforce", "gpg", "cispo", "sapo")
@@ -69,12 +69,14 @@ def linear_policy_loss(
         hidden: (B, T, H), packed (total, H) with `cu_seqlens`, or (T, H). weight, labels, bias, temperature, softcap,
             ignore_index, kept, vocab_parallel, weight_grad_dtype, workspace_dtype: as for `linear_logprobs`; one label a row.
         mask: the leading shape; None counts every row whose label is not ignore_index. A row where it is 0 costs nothing.
-        workspace_bytes: the logits of a block of rows lie in it, at least one panel of rows.
+        workspace_bytes: the logits of a block of rows lie in it, at least one panel of rows. The blocks' gradients of weight are
+            summed in float32, 4 V H bytes beside the result unless weight is float32 or `weight_grad_dtype` narrower.
         kind: a token-level one: ppo, reinforce (gpg), cispo, sapo. The rest: as for `policy_loss`; the entropy that
             entropy_coef weighs is the rows'.
 
     Returns:
-        `PolicyLoss(loss, stats)`, as `policy_loss`. Its backward can be called once.
+        `PolicyLoss(loss, stats)`, as `policy_loss`. Its backward can be called once. torch.compile breaks the graph around it;
+        with fullgraph=True use `policy_loss(linear_logprobs(...).logprobs, ...)`.
 
     Raises:
         TypeError, ValueError, IndexError: as the two ops; ValueError for a sequence-level kind, whose gradient needs the whole
@@ -88,6 +90,7 @@ def linear_policy_loss(
     backend = head_inputs(
         "linear_policy_loss", hidden, weight, bias, workspace_bytes, weight_grad_dtype, workspace_dtype, backend
     )
+    bias = None if bias is None else bias.contiguous()
     lead, vocab = hidden.shape[:-1], weight.shape[0]
     if labels.shape != lead:
         raise ValueError(f"labels: expected shape {tuple(lead)}, got {checks.shape_of(labels)}")
@@ -103,13 +106,17 @@ def linear_policy_loss(
     }  # fmt: skip
     over: dict[str, Any] = {
         "rollout_logprobs": rollout_logprobs, "rollout_correction": rollout_correction, "reduction": reduction,
-        "denominator": denominator, "cu_seqlens": cu_seqlens, "group": group, "backend": backend,
+        "denominator": denominator, "cu_seqlens": cu_seqlens, "group": group,
     }  # fmt: skip
+    at = hidden.new_empty(lead, dtype=result_dtype(hidden))
+    settings(at, old_logprobs, advantages, mask, entropy=at, **loss_options, **over | {"group": None})
+    over["backend"] = backend
+    counted = torch.where(mask != 0, labels, torch.full_like(labels, ignore_index))
     inputs = [t for t in (hidden, weight, bias) if t is not None]
     wants = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if not wants or backend == "reference":
         out = linear_logprobs(
-            hidden, weight, labels, bias=bias, temperature=temperature if temperatures is None else temperatures.view(lead),
+            hidden, weight, counted, bias=bias, temperature=temperature if temperatures is None else temperatures.view(lead),
             softcap=softcap, ignore_index=ignore_index, kept=kept, vocab_parallel=parallel, entropy=True,
             workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip
@@ -119,10 +126,9 @@ def linear_policy_loss(
     kept_mask, indptr, indices = kept_parts(kept)
     start, total = (parallel.vocab_start, parallel.vocab_size) if parallel else (0, vocab)
     if value_checks.wanted(backend):
-        value_checks.labels(labels, total, ignore_index)
+        value_checks.labels(counted, total, ignore_index)
         value_checks.temperatures(temperatures)
         value_checks.kept(indptr, indices, total)
-    counted = torch.where(mask != 0, labels, torch.full_like(labels, ignore_index))
     call = HeadCall(
         hidden.detach(), weight.detach(), None if bias is None else bias.detach(), counted, temperatures, kept_mask,
         indptr, indices, float(temperature), softcap or 0.0, ignore_index, start, total, workspace_bytes,
@@ -205,8 +211,10 @@ class _InForward(torch.autograd.Function):
         lead, dtype = hidden.shape[:-1], result_dtype(hidden)
         sums = _Sums(call, wanted, backend)
         lp, entropy = (torch.zeros(lead, dtype=dtype, device=hidden.device) for _ in range(2))
-        for rows in _blocks(call, backend):
+        for rows in _blocks(call, backend, 1 if group is None else size_and_rank(group)[0]):
             block = _of_rows(call, rows)
+            if backend == "cpu" and hidden.dtype == torch.float16:  # the gradient comes in hidden's dtype
+                block = block._replace(hidden=block.hidden.float())
             results, logits = _multiply_out(block, group, backend)
             assert results.entropy is not None
             lp.view(-1)[rows] = results.logprobs
@@ -215,12 +223,12 @@ class _InForward(torch.autograd.Function):
             sums.add(block, rows, results, (*grads, None), logits)
             del logits  # before the next block's are made
         loss, stats = tokens.whole(lp, entropy)
-        ctx.grads = sums.results()
+        ctx.grads, ctx.dtypes = sums.results(), [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.mark_non_differentiable(stats.values)
         return loss.detach(), stats.values
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
         if ctx.grads is None:
             raise RuntimeError("linear_policy_loss: its gradients were made once and are gone; call it again")
@@ -229,12 +237,18 @@ class _InForward(torch.autograd.Function):
             for g in grads:
                 if g is not None:
                     g.mul_(grad_loss.to(g.dtype) if g.dtype == torch.float64 else grad_loss.float())
-        return *grads, *[None] * 4
+        return *(None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), *[None] * 4
 
 
-def _blocks(call: HeadCall, backend: str) -> list[Any]:
-    """Rows whose logits fit the workspace together. Where looking costs nothing, only those that count."""
-    height = max(1, call.workspace_bytes // (call.weight.shape[0] * result_dtype(call.hidden).itemsize))
+def _blocks(call: HeadCall, backend: str, world: int) -> list[Any]:
+    """Rows whose logits fit the workspace together, the same on all ranks: those of unequal shards fit on the average. Where
+    looking costs nothing, only those that count."""
+    columns, itemsize = -(-call.vocab_total // world), result_dtype(call.hidden).itemsize
+    if backend == "cpu":
+        columns += 5 * call.hidden.shape[-1] + 1920  # rows and their gradients, plain and packed; two strips of d logits
+    elif backend == "cuda" and call.rounded and hopper_head.serves(call):
+        itemsize = 2
+    height = max(1, call.workspace_bytes // (columns * itemsize))
     if backend == "cpu":
         height = max(32, height // 32 * 32)
         rows = (call.labels.reshape(-1) != call.ignore_index).nonzero().squeeze(1)
@@ -284,7 +298,7 @@ def _multiply_out(call: HeadCall, group: Any, backend: str) -> tuple[Results, Lo
         parts = logits.partials if group is None else merge_parts(logits.partials, call)
     else:
         tile = Tile(slice(0, call.rows), slice(0, call.weight.shape[0]))
-        logits = chunked.logits(call.flat, call.weight, call.bias, tile)
+        logits = chunked.logits(call.clean, call.weight, call.bias, tile)
         parts = empty((1, call.rows, 4), dtype, call.hidden)
         fold(call.of(logits, tile), parts[0], backend)
     if parts is not None:
@@ -299,8 +313,8 @@ class _Sums:
         self.call, self.backend = call, backend
         wide = result_dtype(call.hidden)
         zeros = lambda t, d: torch.zeros(t.shape, dtype=d, device=t.device)  # noqa: E731
-        self.hidden = zeros(call.flat, call.hidden.dtype) if wanted[0] else None
-        self.weight = zeros(call.weight, call.weight.dtype if call.narrow else wide) if wanted[1] else None
+        self.hidden = zeros(call.flat, _held(call.hidden)) if wanted[0] else None
+        self.weight = zeros(call.weight, _held(call.weight) if call.narrow else wide) if wanted[1] else None
         self.bias = zeros(call.bias, wide) if wanted[2] and call.bias is not None else None
 
     def add(self, call: HeadCall, rows: Any, results: Results, grads: tuple[Tensor | None, ...], logits: Logits) -> None:
@@ -322,11 +336,13 @@ class _Sums:
             if isinstance(logits, hopper_head.Exponentials):
                 logits.add_gradients(results, grads, sums)
             else:
+                assert logits is not None
+                kept, vocab = logits, call.weight.shape[0]
                 chunked.backward(
-                    call.flat.masked_fill(call.ignored, 0), call.weight, call.bias,
-                    Tiles(call.rows, call.weight.shape[0], call.rows, call.weight.shape[0]),
+                    lambda tile: kept[tile.rows, tile.columns], call.clean, call.weight,
+                    Tiles(call.rows, vocab, call.rows, call.tiles().width),
                     lambda x, tile: differentiate(call.of(x, tile), results, grads, tile.rows, self.backend),
-                    *sums, stored=logits, round_to=call.round_to,
+                    *sums, round_to=call.round_to,
                 )  # fmt: skip
         if self.hidden is not None and hidden is not None:
             self.hidden[rows] = hidden.to(self.hidden.dtype)
@@ -335,6 +351,11 @@ class _Sums:
         call = self.call
         return (
             None if self.hidden is None else self.hidden.view(call.hidden.shape),
-            None if self.weight is None else self.weight.to(call.weight.dtype),
-            None if self.bias is None or call.bias is None else self.bias.to(call.bias.dtype),
+            None if self.weight is None else self.weight.to(_held(call.weight)),
+            None if self.bias is None or call.bias is None else self.bias.to(_held(call.bias)),
         )
+
+
+def _held(t: Tensor) -> torch.dtype:
+    """Of a gradient until the loss's own is known: what float16 holds is too small for it before it is scaled."""
+    return torch.float32 if t.dtype == torch.float16 else t.dtype
