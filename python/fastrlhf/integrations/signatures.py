@@ -24,7 +24,7 @@ def signature_of(held: Any, *, own: bool = False) -> Signature:
     if isinstance(made, type) and issubclass(made, torch.autograd.Function):
         parameters = list(signature(made.forward).parameters.values())[1:]
         return Signature([p.replace(kind=Parameter.POSITIONAL_ONLY) for p in parameters if p.kind in POSITIONAL])
-    return signature(held.apply if isinstance(held, type) else held, follow_wrapped=not own)
+    return signature(getattr(held, "apply") if isinstance(held, type) else held, follow_wrapped=not own)  # noqa: B009
 
 
 def mismatch(host: Signature, ours: Signature) -> str | None:

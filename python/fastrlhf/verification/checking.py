@@ -38,8 +38,8 @@ class Result:
 def check(case: Case, backend: str | None) -> Result:
     """Runs it three times. What is raised is a failure, not a crash of the command."""
 
-    def failed(note: str, *found: float) -> Result:
-        return Result("op", case.op, case.input, False, *found, note=note)
+    def failed(note: str, error: float | None = None, bar: float | None = None) -> Result:
+        return Result("op", case.op, case.input, False, error, bar, note)
 
     try:
         tensors = case.inputs()
