@@ -23,6 +23,7 @@ from . import (
     linear_logprobs,
     logprobs,
     masked_stats,
+    memory,
     policy_loss,
     report,
     sampling,
@@ -70,8 +71,8 @@ def on_cpu(names: list[str], arguments: argparse.Namespace) -> int:
     limits = ceilings(5 if arguments.short else 15)
     print(f"memory: read {limits['read'] / 1e9:.1f} GB/s, copy {limits['copy'] / 1e9:.1f} GB/s")
     for name in names:
-        for case in SUITES[name].cases(arguments.short):
-            results = measure(case, seconds)
+        for number, case in enumerate(SUITES[name].cases(arguments.short)):
+            results = measure(case, seconds, memory.peaks(name, number, arguments.short))
             report.print_case(results)
             rows += results
     if arguments.out:

@@ -21,7 +21,8 @@ OURS = "fastrlhf"
 
 @dataclass
 class Variant:
-    """`run` is what is timed. `value` gives what is compared with the case's oracle, of the same inputs."""
+    """`run` is what is timed; it returns what it makes and leaves nothing behind. `value` gives what is compared with the
+    case's oracle, of the same inputs."""
 
     run: Callable[[], Any]
     value: Callable[[], Tensor] | None = None
@@ -41,9 +42,9 @@ class Case:
     after: Callable[[], None] = field(default=lambda: None)  # frees the inputs
 
 
-def measure(case: Case, seconds: float, peak: bool = True) -> list[dict[str, Any]]:
+def measure(case: Case, seconds: float, peaks: dict[str, list[int]]) -> list[dict[str, Any]]:
     """One row a variant: median and p20/p80 in seconds, GB/s, share of the floor (what the memory allowed in the same rounds),
-    ratio to ours, peak, error."""
+    ratio to ours, peak (`memory.peaks`), error."""
     running, broken = warm(case)
     times: dict[str, list[float]] = {n: [] for n in running}
     ceiling: list[float] = []
@@ -73,8 +74,8 @@ def measure(case: Case, seconds: float, peak: bool = True) -> list[dict[str, Any
             row["GB_per_s"] = case.floor_bytes / median / 1e9
             row["of_floor"] = case.floor_bytes / statistics.median(ceiling) / median
             row["ceiling_GB_per_s"] = statistics.median(ceiling) / 1e9
-        if peak:
-            row["peak_extra_bytes"] = peak_extra_bytes(variant.run)
+        if name in peaks:
+            row["peak_extra_bytes"], row["result_bytes"] = peaks[name]
         if exact is not None and variant.value is not None:
             value = variant.value().detach().double()
             row["max_error"] = float((value - exact).abs().max())
@@ -108,29 +109,6 @@ def quantiles(times: list[float]) -> dict[str, Any]:
 def _repeats(times: list[float]) -> int:
     """Calls in one sample: enough to see above the clock."""
     return 1 if not times or times[-1] > 1e-3 else min(200, int(2e-3 / max(times[-1], 1e-7)) + 1)
-
-
-def peak_extra_bytes(run: Callable[[], Any]) -> int | None:
-    """How far the process's resident memory rises above where it was, from the kernel's own high-water mark."""
-    gc.collect()
-    try:
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")
-    except OSError:
-        return None
-    before = _status("VmRSS")
-    result = run()
-    peak = _status("VmHWM")
-    del result
-    return max(0, peak - before) * 1024
-
-
-def _status(field_: str) -> int:
-    with open("/proc/self/status") as f:
-        for line in f:
-            if line.startswith(field_):
-                return int(line.split()[1])
-    return 0
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

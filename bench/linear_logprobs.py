@@ -23,7 +23,7 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return torch.log_softmax((hidden @ weight.T).float(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-def bare(hidden: Tensor, weight: Tensor, backward: bool) -> None:
+def bare(hidden: Tensor, weight: Tensor, backward: bool) -> tuple[Tensor, ...]:
     rows = hidden.shape[0]
     tile = torch.empty(rows, STRIP, dtype=hidden.dtype)
     gh, gw = (torch.zeros_like(hidden), torch.empty_like(weight)) if backward else (None, None)
@@ -35,6 +35,7 @@ def bare(hidden: Tensor, weight: Tensor, backward: bool) -> None:
             torch.mm(hidden, w.T, out=x)  # the recomputation
             gh.addmm_(x, w)
             torch.mm(x.T, hidden, out=gw[start : start + STRIP])
+    return () if gh is None or gw is None else (gh, gw)
 
 
 def cases(short: bool) -> Iterator[Case]:
@@ -86,10 +87,9 @@ def _cases(rows: int, vocab: int, width: int, *, others: bool) -> Iterator[Case]
             h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
             upstream = torch.randn(h.shape[0])
 
-            def run() -> None:
-                h.grad = w.grad = None
+            def run() -> tuple[Tensor, ...]:
                 out = f(h, w, y)
-                out.backward(upstream.to(out.dtype))
+                return torch.autograd.grad(out, (h, w), upstream.to(out.dtype))
 
             return Variant(run)
 
@@ -113,8 +113,7 @@ def _policy(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> V
     h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     old, advantages = torch.full(labels.shape, -10.0), torch.randn(labels.shape)
 
-    def run() -> None:
-        h.grad = w.grad = None
-        fastrlhf.linear_policy_loss(h, w, labels, old, advantages, None, **options).loss.backward()
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(fastrlhf.linear_policy_loss(h, w, labels, old, advantages, None, **options).loss, (h, w))
 
     return Variant(run)

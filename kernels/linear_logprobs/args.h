@@ -15,6 +15,12 @@ struct LinearArgs {
   void* logits = nullptr;      // kept from a forward for its backward: see `stored_size`; all rows in one block
 };
 
+// What `LinearArgs::logits` hold the rows of side by side.
+struct StoredLanes {
+  bool wide;       // float64
+  int64_t* lanes;
+};
+
 struct LinearBackwardArgs {
   LinearArgs forward;                   // its inputs and max, log_sum, entropies
   const void* grad_logprobs = nullptr;  // (rows, labels_per_row)

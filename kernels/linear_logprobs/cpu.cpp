@@ -402,6 +402,8 @@ void linear_logprobs_forward(const LinearArgs& a) {
   with_types(a, [&](auto t, auto e) { forward<decltype(t), decltype(e)>(a); });
 }
 
+void linear_logprobs_stored_lanes(const StoredLanes& s) { *s.lanes = s.wide ? TileOf<double>::NR : TileOf<float>::NR; }
+
 void linear_logprobs_backward(const LinearBackwardArgs& b) {
   with_types(b.forward, [&](auto t, auto e) {
     using T = decltype(t);

@@ -45,6 +45,11 @@ void bind_linear(py::module_& m) {
     py::gil_scoped_release release;
     linear_logprobs_backward(b);
   });
+  m.def("linear_logprobs_stored_lanes", [](bool wide) {
+    int64_t lanes = 0;
+    linear_logprobs_stored_lanes({wide, &lanes});
+    return lanes;
+  }, "Rows side by side in that room.");
   m.def("linear_logprobs_stored_size", &stored_size, "Elements of the room for the logits of so many rows and columns.");
 }
 

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import sys
-
 import fastrlhf
 import pytest
 import torch
+from fastrlhf.ops.head_blocks import blocks
 from fastrlhf.ops.linear_logprobs import HeadCall
 
 from tests.oracle import INTERPRETED
@@ -267,15 +266,15 @@ def test_workspace_bounds_the_memory_of_wide_heads():
     """Of a block's rows, hidden states and gradients are there beside the logits."""
     rows, vocab, width, workspace = 4096, 32, 512, 1 << 20
     hidden, weight = torch.randn(rows, width), torch.randn(vocab, width)
-    blocks = sys.modules["fastrlhf.ops.linear_policy_loss"]._blocks(
+    cut = blocks(
         HeadCall(
             hidden, weight, None, torch.zeros(rows, dtype=torch.long), None, None, None, None, 1.0, 0.0, -100, 0, vocab,
             workspace, False, False,
         ),
         "cpu", 1,
     )  # fmt: skip
-    assert max(map(len, blocks)) * (vocab + 5 * width) * 4 <= workspace
-    assert torch.equal(torch.cat(blocks), torch.arange(rows))
+    assert max(map(len, cut)) * (vocab + 5 * width) * 4 <= workspace
+    assert torch.equal(torch.cat(cut), torch.arange(rows))
 
 
 def test_torch_compile_breaks_the_graph(compiled):

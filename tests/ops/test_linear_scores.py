@@ -20,8 +20,6 @@ def heads(dtype=torch.float32):
 @pytest.mark.parametrize("kind", ["k1", "k3", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_against_the_definitions(backend, kind, dtype):
-    if backend == "cuda" and kind == "full":
-        pytest.skip("kl_full has no CUDA kernel")
     (h, w, b), (rh, rw, rb), labels = heads(dtype)
     out = fastrlhf.linear_scores(
         h,
@@ -73,3 +71,29 @@ def test_errors():
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             fastrlhf.linear_scores(**{"hidden": h, "weight": w, "labels": labels, "ref": (rh, rw)} | change)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward", "js"])
+def test_each_row_its_temperature(backend, direction):
+    (h, w, b), (rh, rw, rb), labels = heads()
+    T = torch.rand(*ROWS) + 0.5
+    options = {"kind": "full", "direction": direction, "bias": b, "ref_bias": rb, "backend": backend}
+    out = fastrlhf.linear_scores(h, w, labels, (rh, rw), temperature=T, **options)
+    for i, j in ((0, 0), (1, 6)):
+        at = slice(i, i + 1), slice(j, j + 1)
+        one = fastrlhf.linear_scores(h[at], w, labels[at], (rh[at], rw), temperature=float(T[i, j]), **options)
+        for a, e in zip(out, one, strict=True):
+            torch.testing.assert_close(a[at], e, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.cpu_only
+def test_the_full_kl_of_a_row_does_not_depend_on_its_neighbours_or_the_workspace():
+    hidden, weight, labels = torch.randn(70, 16), torch.randn(500, 16), torch.randint(0, 500, (70,))
+    ref = torch.randn(70, 24), torch.randn(500, 24)
+    whole = fastrlhf.linear_scores(hidden, weight, labels, ref, kind="full")
+    for n, workspace in ((1, 1 << 28), (3, 1 << 16), (33, 1 << 28), (70, 1)):
+        part = fastrlhf.linear_scores(
+            hidden[:n], weight, labels[:n], (ref[0][:n], ref[1]), kind="full", workspace_bytes=workspace
+        )
+        for a, b in zip(part, whole, strict=True):
+            assert torch.equal(a, b[:n])

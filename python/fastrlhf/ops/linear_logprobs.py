@@ -41,8 +41,9 @@ def linear_logprobs(
     while it is in cache or registers, and made again in the backward.
 
     The products are summed in float32 whatever the inputs, and never rounded below it: log-probs are those of a float32 head.
-    Deterministic; a row's result does not depend on the number of threads, nor on the rows beside it, but where a GPU multiplies
-    through torch (kept sets, several labels a row; with backend "cuda" all but bfloat16 on Hopper): cuBLAS rounds by their number.
+    Deterministic; a row's result does not depend on the number of threads, nor on the rows beside it, but where a GPU
+    multiplies through torch (kept sets, several labels a row; with backend "cuda" all but bfloat16 on Hopper): cuBLAS rounds
+    by their number.
 
     Args:
         hidden: (..., H), float32, bfloat16, float16 or float64, last stride 1.
@@ -55,8 +56,8 @@ def linear_logprobs(
             forward, nothing backward: the gradient of hidden is this rank's share, to be summed over the group where hidden was
             copied to it, as for any column-parallel layer.
         workspace_bytes: for packed operands and tiles; more only where one panel needs it.
-        weight_grad_dtype: what the weight's gradient is summed in, where it is summed in parts; it arrives in weight's dtype. In
-            float32 the sum takes 4 V H bytes beside the result, bfloat16 takes none.
+        weight_grad_dtype: what the weight's gradient is summed in, where it is summed in parts; it arrives in weight's dtype.
+            In float32 the sum takes 4 V H bytes beside the result, bfloat16 takes none.
         workspace_dtype: what the logits' gradient is rounded to before it is multiplied. bfloat16, with bfloat16 inputs, takes
             half the time of float32 there, at the price of gradients that carry the rounding of their terms (of 2^-9 each)
             beside their own. A CPU without AVX-512-BF16 multiplies float32 all the same.

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from ..kernels.linear_logprobs import chunked
-from ..kernels.linear_logprobs.chunked import Tile, Tiles
+from ..kernels.linear_logprobs.chunked import Tiles
 from ..kernels.policy_loss.reference import STATS, RolloutCorrection
 from . import checks, hopper_head, value_checks
 from .backend import DTYPES, address, empty, extension, result_dtype, threads
-from .distributed import all_gather, size_and_rank
+from .distributed import size_and_rank
+from .head_blocks import Logits, blocks, multiply_out, of_rows
 from .library import on_its_device, once_differentiable
-from .linear_logprobs import WORKSPACE, HeadCall, Results, head_inputs, linear_logprobs, merge_parts
-from .logprobs import Kept, combine, differentiate, fold, kept_parts, softmax_options
+from .linear_logprobs import WORKSPACE, HeadCall, Results, head_inputs, linear_logprobs
+from .logprobs import Kept, differentiate, kept_parts, softmax_options
 from .policy_loss import PolicyLoss, policy_loss, settings
 from .stats import LossStats
 
@@ -69,8 +70,8 @@ def linear_policy_loss(
         hidden: (B, T, H), packed (total, H) with `cu_seqlens`, or (T, H). weight, labels, bias, temperature, softcap,
             ignore_index, kept, vocab_parallel, weight_grad_dtype, workspace_dtype: as for `linear_logprobs`; one label a row.
         mask: the leading shape; None counts every row whose label is not ignore_index. A row where it is 0 costs nothing.
-        workspace_bytes: the logits of a block of rows lie in it, at least one panel of rows. The blocks' gradients of weight are
-            summed in float32, 4 V H bytes beside the result unless weight is float32 or `weight_grad_dtype` narrower.
+        workspace_bytes: the logits of a block of rows lie in it, at least one panel of rows. The blocks' gradients of weight
+            are summed in float32, 4 V H bytes beside the result unless weight is float32 or `weight_grad_dtype` narrower.
         kind: a token-level one: ppo, reinforce (gpg), cispo, sapo. The rest: as for `policy_loss`; the entropy that
             entropy_coef weighs is the rows'.
 
@@ -137,10 +138,6 @@ def linear_policy_loss(
     tokens = _Tokens(old_logprobs, advantages, mask, loss_options, over)
     loss, values = _InForward.apply(hidden, weight, bias, call, tokens, parallel.group if parallel else None, backend)
     return PolicyLoss(loss, LossStats(values, STATS))
-
-
-# A block's logits as the backend keeps them from its forward to its gradient; None: it does not.
-Logits = Tensor | hopper_head.Exponentials | None
 
 
 class _Tokens:
@@ -211,11 +208,11 @@ class _InForward(torch.autograd.Function):
         lead, dtype = hidden.shape[:-1], result_dtype(hidden)
         sums = _Sums(call, wanted, backend)
         lp, entropy = (torch.zeros(lead, dtype=dtype, device=hidden.device) for _ in range(2))
-        for rows in _blocks(call, backend, 1 if group is None else size_and_rank(group)[0]):
-            block = _of_rows(call, rows)
+        for rows in blocks(call, backend, 1 if group is None else size_and_rank(group)[0]):
+            block = of_rows(call, rows)
             if backend == "cpu" and hidden.dtype == torch.float16:  # the gradient comes in hidden's dtype
                 block = block._replace(hidden=block.hidden.float())
-            results, logits = _multiply_out(block, group, backend)
+            results, logits = multiply_out(block, group, backend)
             assert results.entropy is not None
             lp.view(-1)[rows] = results.logprobs
             entropy.view(-1)[rows] = results.entropy
@@ -238,72 +235,6 @@ class _InForward(torch.autograd.Function):
                 if g is not None:
                     g.mul_(grad_loss.to(g.dtype) if g.dtype == torch.float64 else grad_loss.float())
         return *(None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), *[None] * 4
-
-
-def _blocks(call: HeadCall, backend: str, world: int) -> list[Any]:
-    """Rows whose logits fit the workspace together, the same on all ranks: those of unequal shards fit on the average. Where
-    looking costs nothing, only those that count."""
-    columns, itemsize = -(-call.vocab_total // world), result_dtype(call.hidden).itemsize
-    if backend == "cpu":
-        columns += 5 * call.hidden.shape[-1] + 1920  # rows and their gradients, plain and packed; two strips of d logits
-    elif backend == "cuda" and call.rounded and hopper_head.serves(call):
-        itemsize = 2
-    height = max(1, call.workspace_bytes // (columns * itemsize))
-    if backend == "cpu":
-        height = max(32, height // 32 * 32)
-        rows = (call.labels.reshape(-1) != call.ignore_index).nonzero().squeeze(1)
-        return list(rows.split(height)) if rows.shape[0] else []
-    return [slice(top, min(top + height, call.rows)) for top in range(0, call.rows, height)]
-
-
-def _of_rows(call: HeadCall, rows: Any) -> HeadCall:
-    indptr, indices = call.kept_indptr, call.kept_indices
-    if indptr is not None and indices is not None:
-        if isinstance(rows, slice):
-            indptr = indptr[rows.start : rows.stop + 1]
-        else:
-            sizes = indptr.diff()
-            of = torch.repeat_interleave(torch.arange(call.rows), sizes)
-            chosen = torch.zeros(call.rows, dtype=torch.bool)
-            chosen[rows] = True
-            indices = indices[chosen[of]]
-            indptr = torch.cat([indptr.new_zeros(1), sizes[rows].cumsum(0)])
-    mask = None if call.kept_mask is None else call.kept_mask.view(call.rows, -1)[rows].contiguous()
-    temperatures = None if call.temperatures is None else call.temperatures[rows].contiguous()
-    return call._replace(
-        hidden=call.flat[rows], labels=call.labels.reshape(-1)[rows].contiguous(), temperatures=temperatures, kept_mask=mask,
-        kept_indptr=indptr, kept_indices=indices,
-    )  # fmt: skip
-
-
-def _multiply_out(call: HeadCall, group: Any, backend: str) -> tuple[Results, Logits]:
-    """The rows' results, and their logits as the backend keeps them; a sparse head keeps none."""
-    dtype = result_dtype(call.hidden)
-    out = Results(*(empty((call.rows,), dtype, call.hidden) for _ in range(5)))
-    parts: Tensor | None = None
-    logits: Logits = None
-    if backend == "cpu":
-        module, room = extension(), None
-        if call.kept_indptr is None:
-            room = empty((module.linear_logprobs_stored_size(call.rows, call.weight.shape[0]),), dtype, call.hidden)
-        logits = room
-        if group is not None:
-            parts = empty((1, call.rows, 4), dtype, call.hidden)
-        module.linear_logprobs_forward(
-            *call.native(), (0, 0, 0, 0, 0) if group is not None else tuple(address(t) for t in out), address(parts),
-            address(room), call.workspace_bytes, threads(),
-        )  # fmt: skip
-    elif backend == "cuda" and call.rounded and hopper_head.serves(call):
-        logits = hopper_head.Exponentials(call)
-        parts = logits.partials if group is None else merge_parts(logits.partials, call)
-    else:
-        tile = Tile(slice(0, call.rows), slice(0, call.weight.shape[0]))
-        logits = chunked.logits(call.clean, call.weight, call.bias, tile)
-        parts = empty((1, call.rows, 4), dtype, call.hidden)
-        fold(call.of(logits, tile), parts[0], backend)
-    if parts is not None:
-        combine(call.whole(), parts if group is None else all_gather(parts[0], group), out, backend)
-    return out, logits
 
 
 class _Sums:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.kl.reference import DIRECTIONS, KINDS
-from ..kernels.linear_logprobs import chunked
-from ..kernels.linear_logprobs.chunked import Tile
-from . import checks
-from .backend import empty, result_dtype
+from ..kernels.linear_logprobs import reference
+from . import checks, value_checks
+from .backend import result_dtype
+from .head_blocks import blocks, in_rows, multiply_out, of_rows
 from .kl import kl, kl_full
-from .linear_logprobs import WORKSPACE, linear_logprobs
+from .linear_logprobs import WORKSPACE, HeadCall, Results, head_inputs, linear_logprobs
+from .logprobs import of_logits, softmax_options
 
 
 class Scores(NamedTuple):
@@ -36,7 +37,7 @@ def linear_scores(
     direction: str = "reverse",
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
     vocab_parallel: Any = None,
@@ -52,7 +53,7 @@ def linear_scores(
         ref: (hidden (..., H'), weight (V, H')) of the reference, whose width may be another; ref_bias: (V).
         kind: of the KL: "k1", "abs", "k2", "k3" of the labels' log-probs, as `kl`; "full": over the whole vocabulary, as
             `kl_full`, of `direction` "reverse" KL(policy || ref), "forward" KL(ref || policy) or "js". The logits of as many
-            rows as the workspace holds of both are then there at a time.
+            rows as the workspace holds of both are then there at a time, from the one product that the log-probs come from.
         temperature, softcap, ignore_index, vocab_parallel, workspace_bytes, backend: as for `linear_logprobs`. "full" takes no
             shards of the vocabulary.
 
@@ -81,40 +82,82 @@ def linear_scores(
         "temperature": temperature, "softcap": softcap, "ignore_index": ignore_index, "vocab_parallel": vocab_parallel,
         "workspace_bytes": workspace_bytes, "backend": backend,
     }  # fmt: skip
+    if kind == "full":
+        return _full((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), labels, direction, **options)
     policy = linear_logprobs(hidden, weight, labels, bias=bias, entropy=True, **options)
-    reference = linear_logprobs(ref_hidden, ref_weight, labels, bias=ref_bias, **options)
+    reference_ = linear_logprobs(ref_hidden, ref_weight, labels, bias=ref_bias, **options)
     assert policy.entropy is not None
-    if kind != "full":
-        estimate = kl(policy.logprobs, reference.logprobs, kind=kind, backend="reference" if backend == "cuda" else backend)
-    else:
-        heads = ((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias))
-        estimate = _full(heads, labels != ignore_index, direction, temperature, softcap, workspace_bytes, backend)
-    return Scores(policy.logprobs, policy.entropy, reference.logprobs, estimate)
+    estimate = kl(policy.logprobs, reference_.logprobs, kind=kind, backend=_of_kl(backend))
+    return Scores(policy.logprobs, policy.entropy, reference_.logprobs, estimate)
+
+
+def _of_kl(backend: str | None) -> str | None:
+    """The KLs have no CUDA kernel."""
+    return "reference" if backend == "cuda" else backend
+
+
+Head = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _full(
-    heads: Any,
-    mask: Tensor,
-    direction: str,
-    temperature: float,
-    softcap: float | None,
-    workspace_bytes: int,
-    backend: str | None,
-) -> Tensor:
-    lead, vocab = mask.shape, heads[0][1].shape[0]
-    out = empty((mask.numel(),), result_dtype(heads[0][0]), mask)
-    height = max(1, workspace_bytes // (2 * 4 * vocab))
-    for top in range(0, mask.numel(), height):
-        rows = slice(top, min(top + height, mask.numel()))
-        x, y = (_logits(h.reshape(-1, h.shape[-1]), w, b, rows, softcap) for h, w, b in heads)
-        counted = mask.reshape(-1)[rows]
-        out[rows] = kl_full(x, y, direction=direction, temperature=temperature, mask=counted, backend=backend)
-    return out.view(lead)
+    policy: Head, ref: Head, labels: Tensor, direction: str, temperature: float | Tensor, softcap: float | None,
+    ignore_index: int, vocab_parallel: None, workspace_bytes: int, backend: str | None,
+) -> Scores:  # fmt: skip
+    """Some rows at a time, both heads multiplied out once: their statistics, and the KL of the logits that are left."""
+    options = (temperature, softcap, ignore_index, workspace_bytes // 4)  # of both heads, as they come and in rows
+    calls = []
+    for head in (policy, ref):
+        call, backend = _call(*head, labels, *options, backend)
+        calls.append(call)
+    if ref[0].dtype != policy[0].dtype and torch.float64 in (ref[0].dtype, policy[0].dtype):
+        raise TypeError(f"ref hidden: {ref[0].dtype} with hidden {policy[0].dtype}; float64 goes with float64 only")
+    dtype = result_dtype(policy[0])
+    out = [torch.zeros(labels.numel(), dtype=dtype, device=policy[0].device) for _ in range(4)]
+    for rows in blocks(max(calls, key=lambda c: c.hidden.shape[-1]), backend, 1):
+        (of, x), (of_ref, y) = (_multiplied_out(of_rows(c, rows), backend) for c in calls)
+        divergence = kl_full(
+            x, y, direction=direction, temperature=calls[0].temperature, mask=calls[0].labels.reshape(-1)[rows] != ignore_index,
+            backend=_of_kl(backend),
+        )  # fmt: skip
+        assert of.entropy is not None
+        for to, part in zip(out, (of.logprobs, of.entropy, of_ref.logprobs, divergence), strict=True):
+            to[rows] = part
+    return Scores(*(t.view(labels.shape) for t in out))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice, softcap: float | None) -> Tensor:
-    if hidden.dtype == torch.float64:
-        x = hidden[rows] @ weight.T if bias is None else hidden[rows] @ weight.T + bias
+def _call(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float | Tensor, softcap: float | None,
+    ignore_index: int, workspace_bytes: int, backend: str | None,
+) -> tuple[HeadCall, str]:  # fmt: skip
+    name = head_inputs("linear_logprobs", hidden, weight, bias, max(workspace_bytes, 1), torch.float32, torch.float32, backend)
+    vocab = weight.shape[0]
+    temperature, temperatures, _ = softmax_options(
+        "hidden", hidden, hidden.shape[:-1], vocab, labels, temperature, softcap, None, None
+    )
+    if value_checks.wanted(name):
+        value_checks.labels(labels, vocab, ignore_index)
+        value_checks.temperatures(temperatures)
+    bias = None if bias is None else bias.contiguous()
+    return HeadCall(
+        hidden, weight, bias, labels.contiguous(), temperatures, None, None, None, float(temperature), softcap or 0.0,
+        ignore_index, 0, vocab, max(workspace_bytes, 1), False, False,
+    ), name  # fmt: skip
+
+
+def _multiplied_out(call: HeadCall, backend: str) -> tuple[Results, Tensor]:
+    """Results, and logits (rows, V), soft-capped; divided by the temperature where every row has its own."""
+    if backend == "reference":
+        x = reference.logits(call.hidden, call.weight, call.bias, call.ignored.squeeze(1))
+        lp, entropy, lse = of_logits(
+            x, call.labels, call.temperatures, call.temperature, call.softcap or None, call.ignore_index, True, True, None, None
+        )
+        results = Results(lp, entropy, lse, None, None)
     else:
-        x = chunked.logits(hidden, weight, bias, Tile(rows, slice(0, weight.shape[0])))
-    return x if softcap is None else x.div_(softcap).tanh_().mul_(softcap)
+        results, kept = multiply_out(call, None, backend)
+        assert isinstance(kept, Tensor)
+        x = in_rows(kept, call.rows, call.weight.shape[0]) if backend == "cpu" else kept
+    if call.softcap != 0 and backend != "cpu":
+        x = x.div_(call.softcap).tanh_().mul_(call.softcap)
+    if call.temperatures is not None:
+        x = x.sub_(x.amax(-1, keepdim=True)).div_(call.temperatures.to(x.dtype)[:, None])
+    return results, x
