@@ -251,7 +251,9 @@ class Host:
         needed = set(plan.source_rank[plan.between(dest=self.rank)].tolist())
         w.until(lambda: needed <= attempt.done or w.ended(attempt.epoch), timeout, alive)
         if missing := needed - attempt.done:
-            raise RefitError(f"commit: rank(s) {sorted(missing)} have not written their part within {timeout:g} s")
+            reason = f"rank(s) {sorted(missing)} have not written their part within {timeout:g} s"
+            w.fail(attempt.epoch, reason)
+            raise RefitError(f"commit: {reason}")
         w.current(attempt.epoch)
         self._fill_pads(attempt.slot)
         if self._committed is not None:
