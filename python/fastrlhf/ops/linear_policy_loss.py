@@ -135,9 +135,18 @@ def linear_policy_loss(
         indptr, indices, float(temperature), softcap or 0.0, ignore_index, start, total, workspace_bytes,
         weight_grad_dtype not in (torch.float32, torch.float64), workspace_dtype == torch.bfloat16,
     )  # fmt: skip
-    tokens = _Tokens(old_logprobs, advantages, mask, loss_options, over)
-    loss, values = _InForward.apply(hidden, weight, bias, call, tokens, parallel.group if parallel else None, backend)
+    loss, values = _in_forward(
+        hidden, weight, bias, call, (old_logprobs, advantages, mask, loss_options, over), parallel.group if parallel else None,
+        backend,
+    )  # fmt: skip
     return PolicyLoss(loss, LossStats(values, STATS))
+
+
+@torch.compiler.disable
+def _in_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, tokens: tuple[Any, ...], group: Any, backend: str
+) -> Any:
+    return _InForward.apply(hidden, weight, bias, call, _Tokens(*tokens), group, backend)
 
 
 class _Tokens:
