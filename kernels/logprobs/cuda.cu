@@ -45,7 +45,7 @@ __device__ __forceinline__ RowState row_state(const LogprobsArgs& a, int64_t row
 }
 
 template <class S, bool Entropy, bool Plain, bool Aligned>
-__global__ void __launch_bounds__(most_threads, 2) forward_kernel(LogprobsArgs a) {
+__global__ void __launch_bounds__(most_threads, Plain || Aligned ? 2 : 1) forward_kernel(LogprobsArgs a) {
   double* space = reinterpret_cast<double*>(block_memory());
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const int64_t width = 3 + a.labels_per_row;

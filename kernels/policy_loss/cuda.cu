@@ -83,8 +83,15 @@ __device__ __forceinline__ RowPlan plan_row(const PolicyArgs& a, const Place& pl
   return close_row(a, part);
 }
 
+// On a multiprocessor. For a third block sm_100 would keep two registers in memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int flat_blocks = 2;
+#else
+constexpr int flat_blocks = 3;
+#endif
+
 template <PolicyKind kind, bool ByRow>
-__global__ void __launch_bounds__(unit_threads, ByRow ? 1 : 3) policy_kernel(PolicyArgs a, cuda::LossResults results, double* partials, int* counter) {
+__global__ void __launch_bounds__(unit_threads, ByRow ? 1 : flat_blocks) policy_kernel(PolicyArgs a, cuda::LossResults results, double* partials, int* counter) {
   double* space = reinterpret_cast<double*>(block_memory());
   const Place place{&a.rows, static_cast<int64_t>(blockIdx.x), !ByRow};
   TokenSums<Lane> sums;
@@ -114,12 +121,13 @@ __global__ void __launch_bounds__(unit_threads, ByRow ? 1 : 3) policy_kernel(Pol
 #pragma unroll
     for (int i = 0; i < partial_size; ++i) all[i] = reduce_policy(i, all[i], load_shared_by_blocks(partials + p * partial_size + i));
   block_reduce(all, space, reduce_policy);
-  const int64_t length = longest_row(a.reduction, a.rows, space);
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x == 0)
 #pragma unroll
-  for (int i = 0; i < PolicySums::size; ++i) space[i] = all[i];  // indexed below: in registers it could not be
+    for (int i = 0; i < partial_size; ++i) space[i] = all[i];  // indexed below: in registers it could not be
+  const int64_t length = longest_row(a.reduction, a.rows, space + partial_size);
+  if (threadIdx.x != 0) return;
   Totals totals;
-  totals.tokens = all[9], totals.sequences = all[PolicySums::size];
+  totals.tokens = space[9], totals.sequences = space[PolicySums::size];
   const double share = share_of(a.reduction, results.denominator ? *results.denominator : a.denominator, totals, length);
   PolicySums::write(space, share, [&](int i, double value) { *(i == 0 ? results.loss : results.stats + i - 1) = static_cast<float>(value); });
   *results.share = static_cast<float>(share);
