@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     and no autocast."""
     with _exactly(a.device):
         for left, right in _terms(a, b):
-            wide = {} if left.dtype == torch.float32 else {"out_dtype": torch.float32}
+            wide: dict[str, Any] = {} if left.dtype == torch.float32 else {"out_dtype": torch.float32}
             if out is None:
                 out = torch.mm(left, right, **wide)
             else:

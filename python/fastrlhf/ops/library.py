@@ -55,7 +55,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             return out
         each = out if isinstance(out, tuple) else (out,)
-        fail = torch._C._functions.DelayedError(b"fastrlhf: this op has no second derivative", len(each))
+        fail: Any = torch._C._functions.DelayedError(b"fastrlhf: this op has no second derivative", len(each))
         return fail(*(None if g is None else g.detach().requires_grad_() for g in each))
 
     return run

@@ -142,7 +142,7 @@ def linear_policy_loss(
     return PolicyLoss(loss, LossStats(values, STATS))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _in_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, tokens: tuple[Any, ...], group: Any, backend: str
 ) -> Any:

@@ -104,17 +104,16 @@ def _full(
     ignore_index: int, vocab_parallel: None, workspace_bytes: int, backend: str | None,
 ) -> Scores:  # fmt: skip
     """Some rows at a time, both heads multiplied out once: their statistics, and the KL of the logits that are left."""
-    options = (temperature, softcap, ignore_index, workspace_bytes // 4)  # of both heads, as they come and in rows
     calls = []
-    for head in (policy, ref):
-        call, backend = _call(*head, labels, *options, backend)
+    for head in (policy, ref):  # a quarter of the workspace: the logits of both, as they come and in rows
+        call, name = _call(*head, labels, temperature, softcap, ignore_index, workspace_bytes // 4, backend)
         calls.append(call)
     if ref[0].dtype != policy[0].dtype and torch.float64 in (ref[0].dtype, policy[0].dtype):
         raise TypeError(f"ref hidden: {ref[0].dtype} with hidden {policy[0].dtype}; float64 goes with float64 only")
     dtype = result_dtype(policy[0])
     out = [torch.zeros(labels.numel(), dtype=dtype, device=policy[0].device) for _ in range(4)]
-    for rows in blocks(max(calls, key=lambda c: c.hidden.shape[-1]), backend, 1):
-        (of, x), (of_ref, y) = (_multiplied_out(of_rows(c, rows), backend) for c in calls)
+    for rows in blocks(max(calls, key=lambda c: c.hidden.shape[-1]), name, 1):
+        (of, x), (of_ref, y) = (_multiplied_out(of_rows(c, rows), name) for c in calls)
         divergence = kl_full(
             x, y, direction=direction, temperature=calls[0].temperature, mask=calls[0].labels.reshape(-1)[rows] != ignore_index,
             backend=_of_kl(backend),
