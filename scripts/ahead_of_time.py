@@ -46,8 +46,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # kernel: bytes of stack up to which registers in memory do no harm, and why
 SPILLS_ALLOWED: dict[str, tuple[int, str]] = {
     "linear_logprobs.triton:_partials": (32, "widths that no 16 divides, as no model has, and float32 on sm_80"),
-    "masked_stats.triton:moments_kernel": (8, "one loop invariant of unaligned rows, on sm_80 alone"),
-    "paged_attention.triton:_attend": (8, "one of a token's scalars, on sm_100 alone"),
+    "masked_stats.triton:moments_kernel": (8, "one register, of bfloat16 on sm_80 alone"),
+    "paged_attention.triton:_attend": (8, "two registers, of groups of four on sm_100 alone; to be looked at on a GPU"),
     "policy_loss.triton:token_kernel": (16, "one loop invariant, to fit one more block of 8 warps on a multiprocessor"),
     "policy_loss.triton:row_kernel": (16, "one or two of a row's scalars, to fit one more block of 8 warps"),
     "preference_loss.triton:preference_kernel": (16, "one scalar of a launch of one program"),
