@@ -157,9 +157,8 @@ class _Tokens:
         self.weights, corrected = self._weights(None), self.weights_of_correction()
         token_level = advantages.shape == old.shape
         spread = advantages if token_level else self._spread(advantages)
-        if (
-            corrected is not None
-        ):  # a loss is homogeneous in its advantage: the importance weight goes there, not to KL and entropy
+        if corrected is not None:
+            # a loss is homogeneous in its advantage: the importance weight goes there, not to KL and entropy
             ratio = torch.where(self.weights != 0, corrected / self.weights, torch.zeros_like(corrected))
             spread = spread.to(ratio.dtype) * ratio
         self.token_advantages = spread.reshape(-1)
