@@ -9,6 +9,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Without a GPU the plain `torch` pulls gigabytes of CUDA packages; this version has a CPU build that was tried.
 TORCH ?= $(shell [ -e /dev/nvidiactl ] && echo torch || echo torch==2.13.0)
+# Tests run in so many processes at once, of one thread each.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PEERS ?= .venv-peers
 PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check -q
@@ -21,14 +24,14 @@ quickstart: $(VENV)/.installed
 	$(BIN)/fastrlhf chain examples/arithmetic/chain.yaml --directory build/quickstart
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST) --dist worksteal
 
 slow-test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow --ignore tests/parallel --ignore tests/training/test_plan.py
+	$(PYTEST) --dist loadgroup -m slow --ignore tests/parallel --ignore tests/training/test_plan.py
 
 # Everything over several processes, gloo on this machine's cores: the matrix of layouts, kills, checkpoints, memory.
 parallel-test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel tests/training/test_plan.py -m "slow or not slow"
+	$(PYTEST) --dist worksteal tests/parallel tests/training/test_plan.py -m "slow or not slow"
 
 # The GPU kernels without a GPU: CUDA's sources built for the host and run thread by thread, Triton's on its interpreter, and
 # compiled ahead of time. One core each: make -j2 -O gpu-kernel-test

@@ -97,5 +97,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The figures that tests record: `record_property("figure", text)`."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            if name == "figure":
+                terminalreporter.write_line(f"{report.nodeid}: {text}")
+
+
 def pytest_report_header() -> str:
     return f"fastrlhf {fastrlhf.__version__}, torch {torch.__version__}, instruction sets {ISAS}"

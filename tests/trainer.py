@@ -67,7 +67,7 @@ def on_policy(model_dir: str, prompts_file: str, tmp_path: Path) -> Callable[...
 
     def words(*more: str, directory: str = "run") -> list[str]:
         return [
-            "--run.directory", str(tmp_path / directory), "--run.tensorboard", "false", "--model.path", model_dir,
+            "--run.directory", str(tmp_path / directory), "--run.tensorboard", "false", "--run.report", "false", "--model.path", model_dir,
             "--data.path", prompts_file, "--data.max_prompt_tokens", "40", "--rewards",
             '[{"function": "tests.trainer:letters"}]', "--steps", "3", "--prompts_per_step", "6",
             "--sampling.max_tokens", "12", "--update.optimizer.lr", "1e-3", *more,

@@ -121,7 +121,16 @@ def test_without_a_reference_none_is_loaded(model_dir: str, pairs_file: str, tmp
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(model_dir: str, pairs_file: str, tmp_path: Path) -> None:
     def run(directory: str, *more: str) -> None:
-        words = ["--run.directory", str(tmp_path / directory), "--run.tensorboard", "false", "--model.path", model_dir]
+        words = [
+            "--run.directory",
+            str(tmp_path / directory),
+            "--run.tensorboard",
+            "false",
+            "--run.report",
+            "false",
+            "--model.path",
+            model_dir,
+        ]
         words += ["--data.path", pairs_file, "--data.held_out", pairs_file, "--batch_size", "20", "--steps", "4"]
         assert main(["train", "dpo", *words, "--optimizer.lr", "1e-3", *more]) == 0
 

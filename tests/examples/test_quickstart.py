@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_ppo_doubles_the_rate(seed: int, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.xdist_group("seed 0")), 1, 2])
+def test_ppo_doubles_the_rate(seed: int, runs: Path, record_property: Callable[[str, str], None]) -> None:
     assert main(["chain", CHAIN, "--directory", str(runs / str(seed)), "--seed", str(seed)]) == 0
     before, after = exact(runs / str(seed))
-    with capsys.disabled():
-        print(f"\nseed {seed}: held-out exact answers {before:.3f} -> {after:.3f}", end="")
+    record_property("figure", f"seed {seed}: held-out exact answers {before:.3f} -> {after:.3f}")
     assert before > 0.03 and after >= 2 * before
 
 
 @pytest.mark.slow
-def test_at_a_learning_rate_of_zero_nothing_improves(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.xdist_group("seed 0")
+def test_at_a_learning_rate_of_zero_nothing_improves(runs: Path, record_property: Callable[[str, str], None]) -> None:
     assert main(["chain", CHAIN, "--directory", str(runs / "0"), "--seed", "0"]) == 0  # done already but when run alone
     for stage in ("data", "model", "sft", "reward"):
         shutil.copytree(runs / "0" / stage, runs / "still" / stage)
     assert main(["chain", CHAIN, "--directory", str(runs / "still"), "--lr", "0"]) == 0
     before, after = exact(runs / "still")
-    with capsys.disabled():
-        print(f"\nlearning rate 0: {before:.3f} -> {after:.3f}", end="")
+    record_property("figure", f"learning rate 0: {before:.3f} -> {after:.3f}")
     assert after == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def metrics(directory: Path, phase: str | None) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_gsm8k_and_hh_rlhf_run_through_the_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gsm8k_and_hh_rlhf_run_through_the_chain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: Callable[[str, str], None]
+) -> None:
     if not (REAL / "gsm8k").is_dir() or not (REAL / "hh-rlhf").is_dir():
         pytest.skip(f"GSM8K and HH-RLHF are not in {REAL}")
     assert main(["chain", str(CHAIN), "--data", str(REAL), "--directory", str(tmp_path)]) == 0
@@ -37,15 +40,15 @@ def test_gsm8k_and_hh_rlhf_run_through_the_chain(tmp_path: Path, capsys: pytest.
     total = sum(counts.values())
     entropy = -sum(n / total * math.log(n / total) for n in counts.values())
     before, after = (line["loss"] for line in (metrics(tmp_path / "sft", "eval")[i] for i in (0, -1)))
-    print(f"held-out SFT loss {before:.3f} -> {after:.3f} nats a token; unigram entropy {entropy:.3f}")
+    record_property("figure", f"held-out SFT loss {before:.3f} -> {after:.3f} nats a token; unigram entropy {entropy:.3f}")
     assert after < entropy < before
 
     reward = metrics(tmp_path / "reward", "eval")[-1]
-    print(f"held-out pair accuracy {reward['accuracy']:.3f} of {reward['examples']:.0f} pairs")
+    record_property("figure", f"held-out pair accuracy {reward['accuracy']:.3f} of {reward['examples']:.0f} pairs")
     assert reward["examples"] > 100 and 0 <= reward["accuracy"] <= 1
 
     first, last = (metrics(tmp_path / "dpo", "eval")[i] for i in (0, -1))
-    print(f"held-out DPO loss {first['loss']:.4f} -> {last['loss']:.4f}, accuracy {last['accuracy']:.3f}")
+    record_property("figure", f"held-out DPO loss {first['loss']:.4f} -> {last['loss']:.4f}, accuracy {last['accuracy']:.3f}")
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and last["reward_margin"] != 0 == first["reward_margin"]
 
     steps = metrics(tmp_path / "ppo", None)

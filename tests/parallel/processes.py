@@ -27,7 +27,9 @@ from fastrlhf.training.progress import Silent
 
 from ..trainer import WORDS, write
 
-PRELOAD = ["fastrlhf.algorithms.ppo", "fastrlhf.cli.train", "transformers"]  # imported once, not once a process
+PRELOAD = [  # imported once, not once a process
+    "fastrlhf.algorithms.ppo", "fastrlhf.cli.train", "torch.distributed.checkpoint", "transformers.models.auto.tokenization_auto",
+]  # fmt: skip
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
 QWEN: dict[str, Any] = {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 8}
@@ -156,7 +158,7 @@ def _die_at(step: int, phase: str, how: str) -> None:
     if phase == "start":
         train.prepare = lambda *_: (time.sleep(2), die())  # when the others have come as far, on a loaded machine too
     if phase == "report":
-        loop.write_report = die
+        loop.write_report = die  # of a run with run.report
 
     def count() -> dict[str, torch.Tensor]:  # called before each step
         nonlocal at

@@ -36,7 +36,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]
 def words(files: tuple[str, dict[str, str]], directory: Path, layout: str, *more: str) -> list[str]:
     options: dict[str, Any] = {} if layout == "one" else LAYOUTS[layout][1]
     return [
-        "train", "ppo", "--run.directory", str(directory), "--run.tensorboard", "false", "--run.save_every", "1",
+        "train", "ppo", "--run.directory", str(directory), "--run.tensorboard", "false", "--run.report", "false", "--run.save_every", "1",
         "--model.path", files[0], "--data.path", files[1]["prompts"], "--data.max_prompt_tokens", "40", "--rewards",
         '[{"function": "tests.trainer:letters"}]', "--steps", "4", "--prompts_per_step", "5", "--sampling.max_tokens", "10",
         "--update.optimizer.lr", "1e-3", "--update.optimizer.eps", "1e-4", "--critic.optimizer.eps", "1e-4",
@@ -125,9 +125,8 @@ def killed_then_resumed(
     world = LAYOUTS[layout][0]
     run_directory = directory / "run"
     run_directory.mkdir()
-    begun = launch(
-        world, words(files, run_directory, layout, "--parallel.silence", "3"), directory, kill=(victim, step, phase, how)
-    )
+    more = ("--parallel.silence", "3", "--run.report", str(phase == "report").lower())
+    begun = launch(world, words(files, run_directory, layout, *more), directory, kill=(victim, step, phase, how))
     for rank, (status, text) in enumerate(begun):
         if rank == victim:
             assert status == -9 or how == "raise"

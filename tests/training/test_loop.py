@@ -73,7 +73,7 @@ def same_runs(a: Path, b: Path) -> None:
 def supervised(model_dir: str, sft_file: str, pairs_file: str, tmp_path: Path) -> Callable[..., list[str]]:
     def words(algorithm: str, directory: str) -> list[str]:
         return [
-            "--run.directory", str(tmp_path / directory), "--run.tensorboard", "false", "--model.path", model_dir,
+            "--run.directory", str(tmp_path / directory), "--run.tensorboard", "false", "--run.report", "false", "--model.path", model_dir,
             "--data.path", sft_file if algorithm == "sft" else pairs_file, "--steps", "4", "--batch_size", "6",
         ]  # fmt: skip
 
@@ -262,7 +262,9 @@ def test_prompts_that_are_too_long_are_counted(on_policy: Callable[..., list[str
 
 
 def test_the_run_directory_has_everything(on_policy: Callable[..., list[str]], prompts_file: str, tmp_path: Path) -> None:
-    words = on_policy("--data.held_out", prompts_file, "--data.held_out_limit", "4", "--run.tensorboard", "true")
+    words = on_policy(
+        "--data.held_out", prompts_file, "--data.held_out_limit", "4", "--run.tensorboard", "true", "--run.report", "true"
+    )
     result = run("ppo", words)
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {
@@ -281,6 +283,7 @@ def test_the_run_directory_has_everything(on_policy: Callable[..., list[str]], p
     assert "tokens_per_second/generate" in (tmp_path / "run" / "metrics.jsonl").read_text()
     again = on_policy("--config", str(tmp_path / "run" / "config.yaml"), directory="again")
     assert run("ppo", again).after == pytest.approx(result.after)
+    assert not (tmp_path / "again" / "report.html").exists()  # run.report false, as these tests have it
 
 
 def test_a_rollout_of_which_nothing_counts_is_no_error(on_policy: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ class RunConfig:
     threads: int | None = option(None, "CPU threads; null is torch's choice.", low=1)
     tensorboard: bool = option(True, "Write TensorBoard events.")
     wandb: str | None = option(None, "Weights & Biases project to log to.")
+    report: bool = option(True, "Draw report.html and report.png at the end; `fastrlhf report` draws them later.")
     export: bool = option(True, "Write final/, a Hugging Face directory, at the end.")
 
 
@@ -228,7 +229,8 @@ def fit(
     result = Result(directory, done, finished, first, final, samples)
     if final:
         metrics.table(f"{algorithm.name}: held-out", COLUMNS, result.table())
-    write_report(directory)
+    if run.report:
+        write_report(directory)
     return result
 
 
