@@ -31,6 +31,7 @@ import fastrlhf as f
 import torch
 import triton
 from fastrlhf.kernels.common import launch, tiles
+from fastrlhf.kernels.linear_logprobs import triton as linear_logprobs_kernels
 from fastrlhf.kernels.logprobs import triton as logprobs_kernels
 from fastrlhf.kernels.paged_attention import triton as paged_attention_kernels
 from fastrlhf.kernels.sampling import triton as sampling_kernels
@@ -46,6 +47,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # kernel: bytes of stack up to which registers in memory do no harm, and why
 SPILLS_ALLOWED: dict[str, tuple[int, str]] = {
     "linear_logprobs.triton:_partials": (32, "widths that no 16 divides, as no model has, and float32 on sm_80"),
+    "linear_logprobs.triton:_logits": (168, "an odd vocabulary over a width that no 16 divides, on sm_80"),
     "masked_stats.triton:moments_kernel": (8, "one register, of bfloat16 on sm_80 alone"),
     "paged_attention.triton:_attend": (8, "two registers, of groups of four on sm_100 alone; to be looked at on a GPU"),
     "policy_loss.triton:token_kernel": (16, "one loop invariant, to fit one more block of 8 warps on a multiprocessor"),
@@ -105,9 +107,12 @@ def logprobs() -> None:
 def linear_logprobs() -> None:
     for dtype, vocab, width in itertools.product(FLOATS, (128256, 50257), (4096, 1000)):
         f.linear_logprobs(leaf(2, width, dtype=dtype), zeros(vocab, width, dtype=dtype), zeros(2, dtype=torch.int64))
+        x, w = zeros(2, width, dtype=dtype), zeros(vocab, width, dtype=dtype)
+        linear_logprobs_kernels.logits(x, w, None, zeros(2, dtype=torch.bool))  # as the backward makes them again
     h, w = zeros(2, 1024, dtype=torch.bfloat16), zeros(32000, 1024, dtype=torch.bfloat16)
     f.linear_logprobs(h, w, zeros(2, dtype=torch.int64), bias=w[:, 0].contiguous(), softcap=30.0)
     f.linear_logprobs(h, w, zeros(2, dtype=torch.int32), temperature=torch.ones(2), entropy=True)
+    linear_logprobs_kernels.logits(h, w, w[:, 0].contiguous(), zeros(2, dtype=torch.bool))
 
 
 def kl() -> None:

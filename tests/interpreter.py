@@ -1,9 +1,12 @@
 """What Triton 3.6's interpreter does otherwise than a GPU, put right for the tests: it truncates float32 to bfloat16, multiplies
-matrices of bfloat16 by their bits, under numpy 2.4 takes no loop bound from a tensor, and scans an element at a time."""
+matrices of bfloat16 by their bits, under numpy 2.4 takes no loop bound from a tensor, scans an element at a time, and looks
+through all of `triton.language` for what to replace at each call of a device function."""
 
 from __future__ import annotations
 
 import functools
+import inspect
+import types
 from typing import Any
 
 import numpy as np
@@ -48,10 +51,36 @@ def _scan(self: Any, inputs: Any) -> list[Any]:
 
 
 @functools.cache
+def _builtins(package: Any) -> list[tuple[str, Any]]:
+    return [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+
+def _patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+    for name, member in _builtins(package):
+        interpreter._patch_attr(package, name, member, builder, scope)
+
+
+_patch_known = interpreter._patch_lang  # what the globals of a function know of the language
+
+
+def _patch_lang(fn: Any) -> Any:
+    """For a launch and every device function in it, also those of triton.language itself, which know `core` alone."""
+    return _patch_known(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+
+
+def _call(self: Any, *arguments: Any, **named: Any) -> Any:
+    """Of a device function: the launch that it is called in has replaced the language's functions already."""
+    return self.rewrite()(*arguments, **named)
+
+
+@functools.cache
 def repair() -> None:
     interpreter.InterpreterBuilder.cast_impl = _cast
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.ScanOps.generic_scan = _scan
+    interpreter._patch_builtin = _patch_builtin
+    interpreter._patch_lang = _patch_lang
+    interpreter.InterpretedFunction.__call__ = _call
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:
