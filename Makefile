@@ -34,17 +34,17 @@ parallel-test: $(VENV)/.installed
 	$(PYTEST) --dist worksteal tests/parallel tests/training/test_plan.py -m "slow or not slow"
 
 # The GPU kernels without a GPU: CUDA's sources built for the host and run thread by thread, Triton's on its interpreter, and
-# compiled ahead of time. One core each: make -j2 -O gpu-kernel-test
+# compiled ahead of time.
 gpu-kernel-test: triton-test cuda-host-test ahead-of-time
 
 triton-test: $(VENV)/.installed
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/generation/test_kernels.py --kernels triton
+	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/ops tests/generation/test_kernels.py --kernels triton
 
 cuda-host-test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/refit/test_cuda_ipc.py --kernels cuda
+	$(PYTEST) --dist worksteal tests/ops tests/refit/test_cuda_ipc.py --kernels cuda
 
 ahead-of-time: $(VENV)/.installed
-	$(BIN)/python scripts/ahead_of_time.py --processes 1
+	$(BIN)/python scripts/ahead_of_time.py --processes $(JOBS)
 
 # What people use today, to test and benchmark against, in an environment of its own. verl first: it holds transformers back.
 peers: $(PEERS)/.installed

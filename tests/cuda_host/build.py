@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -51,27 +52,33 @@ def module() -> ModuleType:
     folder.mkdir(exist_ok=True)
     digest = _digest(flags)
     library = folder / f"{NAME}-{digest}.so"
-    if not library.exists():
-        compiler = os.environ.get("CXX", "g++")
-        with tempfile.TemporaryDirectory(dir=folder) as objects:
-            built = []
-            running = []
-            for source in sources():
-                to = Path(objects) / f"{source.parent.name}-{source.stem}.o"
-                built.append(str(to))
-                running.append(subprocess.Popen([compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(to)]))
-                if len(running) == (os.cpu_count() or 1):
-                    _finish(running.pop(0))
-            for process in running:
-                _finish(process)
-            linked = Path(objects) / "linked.so"
-            subprocess.run([compiler, "-shared", *built, "-o", str(linked)], check=True)
-            os.replace(linked, library)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests in several processes: the first builds
+        if not library.exists():
+            _build(library, flags)
     spec = importlib.util.spec_from_file_location(NAME, library)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def _build(library: Path, flags: list[str]) -> None:
+    compiler = os.environ.get("CXX", "g++")
+    with tempfile.TemporaryDirectory(dir=library.parent) as objects:
+        built = []
+        running = []
+        for source in sources():
+            to = Path(objects) / f"{source.parent.name}-{source.stem}.o"
+            built.append(str(to))
+            running.append(subprocess.Popen([compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(to)]))
+            if len(running) == (os.cpu_count() or 1):
+                _finish(running.pop(0))
+        for process in running:
+            _finish(process)
+        linked = Path(objects) / "linked.so"
+        subprocess.run([compiler, "-shared", *built, "-o", str(linked)], check=True)
+        os.replace(linked, library)
 
 
 def _finish(process: subprocess.Popen[bytes]) -> None:
