@@ -1,6 +1,7 @@
 """What Triton 3.6's interpreter does otherwise than a GPU, put right for the tests: it truncates float32 to bfloat16, multiplies
-matrices of bfloat16 by their bits, under numpy 2.4 takes no loop bound from a tensor, scans an element at a time, and looks
-through all of `triton.language` for what to replace at each call of a device function."""
+matrices of bfloat16 by their bits, under numpy 2.4 takes no loop bound from a tensor, scans an element at a time, looks
+through all of `triton.language` for what to replace at each call of a device function, and describes in text the type of every
+value that comes by."""
 
 from __future__ import annotations
 
@@ -73,11 +74,47 @@ def _call(self: Any, *arguments: Any, **named: Any) -> Any:
     return self.rewrite()(*arguments, **named)
 
 
+NUMPY_TYPES = {
+    t: interpreter._get_np_dtype(t)
+    for t in (
+        tl.int1, tl.int8, tl.int16, tl.int32, tl.int64, tl.uint8, tl.uint16, tl.uint32, tl.uint64, tl.float16, tl.bfloat16,
+        tl.float32, tl.float64,
+    )
+}  # fmt: skip
+
+
+def _numpy_type(t: Any) -> Any:
+    return np.dtype(np.uint64) if isinstance(t.scalar, tl.pointer_type) else NUMPY_TYPES[t.scalar]
+
+
+def _make_block_type(self: Any, element_ty: Any, shape: Any) -> None:
+    self.element_ty = element_ty
+    self.shape = tl.core.tuple(tl.core._unwrap_shape(shape))
+    self.numel = tl.core.validate_block_shape(self.shape)
+
+
+def _make_tuple(self: Any, args: Any, type: Any = None) -> None:
+    self.values = list(args)
+    if type is not None:
+        self.type = type if isinstance(type, tl.core.tuple_type) else tl.core.tuple_type(type)
+
+
+def _type_of_tuple(self: Any) -> Any:
+    if "type" not in self.__dict__:
+        self.__dict__["type"] = tl.core._type_for_tuple_values(self.values)
+    return self.__dict__["type"]
+
+
 @functools.cache
 def repair() -> None:
     interpreter.InterpreterBuilder.cast_impl = _cast
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.ScanOps.generic_scan = _scan
+    interpreter._get_np_dtype = _numpy_type
+    tl.block_type.__init__ = _make_block_type
+    tl.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>")
+    tl.core.tuple.__init__ = _make_tuple
+    tl.core.tuple.type = property(_type_of_tuple, lambda self, type: self.__dict__.__setitem__("type", type))
     interpreter._patch_builtin = _patch_builtin
     interpreter._patch_lang = _patch_lang
     interpreter.InterpretedFunction.__call__ = _call
