@@ -1,4 +1,4 @@
-"""python -m bench --device cpu [--short] [--only logprobs,gae] [--seconds 2] [--out bench/results/cpu.json]
+"""python -m bench --device cpu [--short] [--only logprobs,gae] [--case float32] [--seconds 2] [--out bench/results/cpu.json]
 python -m bench --device cuda [--minutes 8] [--out gpu.json]: cases that the file already has are not measured again.
 python -m bench tune [--only logprobs.forward,...] [--dry]   on a GPU: the tiles of the Triton kernels"""
 
@@ -48,6 +48,8 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--short", action="store_true", help="small inputs: does everything run?")
     parser.add_argument("--only", default="", help=f"some of {','.join(SUITES)}; on a GPU of {','.join(gpu_cases.SUITES)}")
+    parser.add_argument("--case", default="", help="on the CPU: only cases with this in their name")
+    parser.add_argument("--samples", type=int, default=3, help="on the CPU: at least so many of each variant, however slow")
     parser.add_argument("--seconds", type=float, help="for each variant of a case; 2, on a GPU 0.3")
     parser.add_argument("--minutes", type=float, default=1e9, help="on a GPU: start no case after so long")
     parser.add_argument("--revision", help="of the sources, where git cannot say it")
@@ -72,7 +74,10 @@ def on_cpu(names: list[str], arguments: argparse.Namespace) -> int:
     print(f"memory: read {limits['read'] / 1e9:.1f} GB/s, copy {limits['copy'] / 1e9:.1f} GB/s")
     for name in names:
         for number, case in enumerate(SUITES[name].cases(arguments.short)):
-            results = measure(case, seconds, memory.peaks(name, number, arguments.short))
+            if arguments.case not in case.name:
+                case.after()
+                continue
+            results = measure(case, seconds, memory.peaks(name, number, arguments.short), arguments.samples)
             report.print_case(results)
             rows += results
     if arguments.out:

@@ -42,19 +42,19 @@ class Case:
     after: Callable[[], None] = field(default=lambda: None)  # frees the inputs
 
 
-def measure(case: Case, seconds: float, peaks: dict[str, list[int]]) -> list[dict[str, Any]]:
+def measure(case: Case, seconds: float, peaks: dict[str, list[int]], samples: int = 3) -> list[dict[str, Any]]:
     """One row a variant: median and p20/p80 in seconds, GB/s, share of the floor (what the memory allowed in the same rounds),
     ratio to ours, peak (`memory.peaks`), error."""
     running, broken = warm(case)
     times: dict[str, list[float]] = {n: [] for n in running}
     ceiling: list[float] = []
     deadline = time.perf_counter() + seconds * len(running)
-    while time.perf_counter() < deadline or min(map(len, times.values())) < 3:
+    while time.perf_counter() < deadline or min(map(len, times.values())) < samples:
         if case.floor_bytes:
             ceiling.append(once(case.writes))
         for name, variant in running.items():
-            if times[name] and sum(times[name]) > 3 * seconds and len(times[name]) >= 3:
-                continue  # far slower than the rest: three samples will do
+            if times[name] and sum(times[name]) > 3 * seconds and len(times[name]) >= samples:
+                continue  # far slower than the rest: so few samples will do
             calls = _repeats(times[name])
             start = time.perf_counter()
             for _ in range(calls):
