@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Without a GPU the plain `torch` pulls gigabytes of CUDA packages; this version has a CPU build that was tried.
 TORCH ?= $(shell [ -e /dev/nvidiactl ] && echo torch || echo torch==2.13.0)
-# Tests run in so many processes at once, of one thread each.
+# Tests run in so many processes at once, of one thread each; the slow ones, which train, one at a time on all.
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -27,7 +27,7 @@ test: $(VENV)/.installed
 	$(PYTEST) --dist worksteal
 
 slow-test: $(VENV)/.installed
-	$(PYTEST) --dist loadgroup -m slow --ignore tests/parallel --ignore tests/training/test_plan.py
+	$(BIN)/python -m pytest -m slow --ignore tests/parallel --ignore tests/training/test_plan.py
 
 # Everything over several processes, gloo on this machine's cores: the matrix of layouts, kills, checkpoints, memory.
 parallel-test: $(VENV)/.installed
