@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH ?= $(shell [ -e /dev/nvidiactl ] && echo torch || echo torch==2.13.0)
 # Tests run in so many processes at once, of one thread each; the slow ones, which train, one at a time on all.
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PEERS ?= .venv-peers
 PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check -q
@@ -24,24 +24,24 @@ quickstart: $(VENV)/.installed
 	$(BIN)/fastrlhf chain examples/arithmetic/chain.yaml --directory build/quickstart
 
 test: $(VENV)/.installed
-	$(PYTEST) --dist worksteal
+	$(PYTEST)
 
 slow-test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow --ignore tests/parallel --ignore tests/training/test_plan.py
 
 # Everything over several processes, gloo on this machine's cores: the matrix of layouts, kills, checkpoints, memory.
 parallel-test: $(VENV)/.installed
-	$(PYTEST) --dist worksteal tests/parallel tests/training/test_plan.py -m "slow or not slow"
+	$(PYTEST) tests/parallel tests/training/test_plan.py -m "slow or not slow"
 
 # The GPU kernels without a GPU: CUDA's sources built for the host and run thread by thread, Triton's on its interpreter, and
 # compiled ahead of time.
 gpu-kernel-test: triton-test cuda-host-test ahead-of-time
 
 triton-test: $(VENV)/.installed
-	TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/ops tests/generation/test_kernels.py --kernels triton
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/generation/test_kernels.py --kernels triton
 
 cuda-host-test: $(VENV)/.installed
-	$(PYTEST) --dist worksteal tests/ops tests/refit/test_cuda_ipc.py --kernels cuda
+	$(PYTEST) tests/ops tests/refit/test_cuda_ipc.py --kernels cuda
 
 ahead-of-time: $(VENV)/.installed
 	$(BIN)/python scripts/ahead_of_time.py --processes $(JOBS)

@@ -99,10 +99,7 @@ def _make_tuple(self: Any, args: Any, type: Any = None) -> None:
         self.type = type if isinstance(type, tl.core.tuple_type) else tl.core.tuple_type(type)
 
 
-def _type_of_tuple(self: Any) -> Any:
-    if "type" not in self.__dict__:
-        self.__dict__["type"] = tl.core._type_for_tuple_values(self.values)
-    return self.__dict__["type"]
+_type_of_tuple = functools.cached_property(lambda self: tl.core._type_for_tuple_values(self.values))
 
 
 @functools.cache
@@ -114,7 +111,8 @@ def repair() -> None:
     tl.block_type.__init__ = _make_block_type
     tl.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>")
     tl.core.tuple.__init__ = _make_tuple
-    tl.core.tuple.type = property(_type_of_tuple, lambda self, type: self.__dict__.__setitem__("type", type))
+    tl.core.tuple.type = _type_of_tuple
+    _type_of_tuple.__set_name__(tl.core.tuple, "type")
     interpreter._patch_builtin = _patch_builtin
     interpreter._patch_lang = _patch_lang
     interpreter.InterpretedFunction.__call__ = _call

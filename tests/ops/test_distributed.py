@@ -64,7 +64,7 @@ def vocab_parallel(rank: int, world: int, kernels: str) -> None:
         keep = torch.rand(ROWS, VOCAB) < 0.3
         csr = (torch.cat([torch.zeros(1, dtype=torch.long), keep.sum(-1).cumsum(0)]), keep.nonzero()[:, 1])
         for backend in backends(kernels):
-            for options, kept in CASES[i % world :: world] if INTERPRETED else CASES:
+            for options, kept in CASES[i % 2 :: 2] if INTERPRETED and world > 2 else CASES:
                 oracle = reference.logprobs(logits.double(), labels, kept=None if kept is None else keep, **options)
                 x = logits[:, mine].clone().requires_grad_()
                 local = {"mask": keep[:, mine].contiguous(), "csr": csr, None: None}[kept]

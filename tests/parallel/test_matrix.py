@@ -124,14 +124,6 @@ def farthest(ours: Step, theirs: Step) -> dict[str, float]:
     }
 
 
-def of_world(world: int, files: tuple[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
-    """Options by layout; over four processes on few cores those of the second family are two, one of each kind."""
-    few = world == 4 and '"qwen3"' not in (Path(files[0]) / "config.json").read_text()
-    return {
-        name: options for name, (size, options) in LAYOUTS.items() if size == world and (not few or name in ("tp2 pp2", "tp4"))
-    }
-
-
 @pytest.fixture(scope="module", params=[pytest.param("llama", marks=pytest.mark.slow), "qwen3 tied"])
 def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
     directory = tmp_path_factory.mktemp("files")
@@ -196,11 +188,11 @@ def test_two_steps_of_ppo_over_stages_and_shards(files: tuple[str, dict[str, str
 @pytest.mark.parametrize("world", [2, 4])
 def test_five_steps_of_ppo_are_those_of_one_process(files: tuple[str, dict[str, str]], world: int) -> None:
     model, data = files
-    layouts = of_world(world, files)
+    layouts = {name: options for name, (size, options) in LAYOUTS.items() if size == world}
     if world == 2:
         layouts["dp2 without a queue"] = {"balance": False}
         layouts["generation through the stages"] = {"pp": 2, "interleave": 2, "reshard": False}
-    elif len(layouts) > 2:
+    else:
         layouts["generation through sharded stages"] = {"tp": 2, "pp": 2, "reshard": False}
         layouts["generation through two pipelines"] = {"pp": 2, "reshard": False}
     expected = run_ppo(model, data, {}, 5)
@@ -261,7 +253,7 @@ def test_grpo_reward_models_and_dpo_are_those_of_one_process(
     model, data = files
     save_scalar_model(load_scalar_model(model, seed=5), tmp_path / "rm", tokenizer=load_tokenizer(model))
     data = data | {"reward model": str(tmp_path / "rm")}
-    layouts = of_world(world, files)
+    layouts = {name: options for name, (size, options) in LAYOUTS.items() if size == world}
     expected = [*grpo(model, data, {}), *pairs(model, data, {})]
     found = spawn(world, others, model, data, list(layouts.values()))
     for i, name in enumerate(layouts):

@@ -282,8 +282,12 @@ def test_the_run_directory_has_everything(on_policy: Callable[..., list[str]], p
             "policy/rollout_mismatch_mean"} <= lines(tmp_path / "run")[1].keys()  # fmt: skip
     assert "tokens_per_second/generate" in (tmp_path / "run" / "metrics.jsonl").read_text()
     again = on_policy("--config", str(tmp_path / "run" / "config.yaml"), directory="again")
-    assert run("ppo", again).after == pytest.approx(result.after)
-    assert not (tmp_path / "again" / "report.html").exists()  # run.report false, as these tests have it
+    repeated = run("ppo", again)
+    assert repeated.after == pytest.approx(result.after)
+    assert result.report == tmp_path / "run" / "report.html"
+    assert (
+        repeated.report is None and not (tmp_path / "again" / "report.html").exists()
+    )  # run.report false, as these tests have it
 
 
 def test_a_rollout_of_which_nothing_counts_is_no_error(on_policy: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from ..parallel.watch import Watch
 from ..training.layout import ParallelConfig
 from ..training.loop import COLUMNS, Result, fit, prepare
 from ..training.progress import Progress, Silent
-from ..training.report import HTML
 from ..training.together import Together
 from .arguments import arguments, user_errors
 from .console import Console
@@ -128,5 +127,5 @@ def show(progress: Progress, name: str, result: Result) -> None:
     """The table of before and after, and where the report is."""
     if rows := result.table():
         progress.table(f"{name}: held-out", COLUMNS, rows)
-    if (report := result.directory / HTML).exists():
-        progress.message(f"report: {report}")
+    if result.report is not None:
+        progress.message(f"report: {result.report}")

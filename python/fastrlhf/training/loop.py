@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,6 +101,7 @@ class Result:
     before: dict[str, float]
     after: dict[str, float]
     samples: list[dict[str, Any]]
+    report: Path | None = None  # where it was drawn
 
     def table(self) -> list[list[Any]]:
         """A row for each held-out metric, of `COLUMNS`."""
@@ -229,9 +230,7 @@ def fit(
     result = Result(directory, done, finished, first, final, samples)
     if final:
         metrics.table(f"{algorithm.name}: held-out", COLUMNS, result.table())
-    if run.report:
-        write_report(directory)
-    return result
+    return replace(result, report=write_report(directory)) if run.report else result
 
 
 def _resume(algorithm: Algorithm, run: RunConfig, checkpoints: Checkpoints, progress: Progress, together: Together) -> int:
