@@ -58,6 +58,27 @@ inline void with_float_type(DType dtype, F&& f) {
   }
 }
 
+// The same with the types that this level is built for: see FASTRLHF_KERNEL_F64 and _BF16.
+template <class F>
+inline void with_row_type([[maybe_unused]] DType dtype, F&& f) {
+#if FASTRLHF_ISA_LEVEL < 2
+  with_float_type(dtype, f);
+#elif FASTRLHF_ISA_LEVEL == 2
+  dtype == DType::bf16 ? f(bf16{}) : dtype == DType::f16 ? f(half{}) : f(float{});
+#else
+  f(bf16{});
+#endif
+}
+
+// f(T{}) with the type to compute in.
+template <class F>
+inline void with_compute_type([[maybe_unused]] bool f64, F&& f) {
+#if FASTRLHF_ISA_LEVEL < 2
+  if (f64) return f(double{});
+#endif
+  f(float{});
+}
+
 // Writes n values of `from` (readable up to the next whole vector) as S. `past_cache` streams them: for a gradient
 // larger than the cache this saves reading the lines it is about to overwrite.
 template <class S, class T>

@@ -27,6 +27,10 @@ FASTRLHF_HOST_DEVICE inline double entropy_of(double log_sum, double weighted, d
   return entropy < 0 ? 0 : entropy;
 }
 
+// d z / dx of z = cap tanh(x / cap), which is 1 - (z / cap)^2: the factor that goes to 0 with |x| is exact. Of vectors too.
+template <class V>
+FASTRLHF_HOST_DEVICE inline V soft_cap_slope(V z, V cap, V over_square) { return (cap - z) * (cap + z) * over_square; }
+
 // The gradient of a row: dx_i = e^u (constant + slope u), and at each label + g_k / T.
 struct RowGradient { double constant, slope; };
 

@@ -176,9 +176,6 @@ void rollout_as(const RolloutArgs& a) {
 
 }  // namespace
 
-void rollout(const RolloutArgs& a) {
-  if (a.f64) rollout_as<double>(a);
-  else rollout_as<float>(a);
-}
+void rollout(const RolloutArgs& a) { with_compute_type(a.f64, [&](auto t) { rollout_as<decltype(t)>(a); }); }
 
 }}  // namespace

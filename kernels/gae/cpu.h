@@ -5,6 +5,6 @@
 
 namespace fastrlhf {
 
-FASTRLHF_KERNEL(RolloutArgs, rollout)
+FASTRLHF_KERNEL_F64(RolloutArgs, rollout)
 
 }  // namespace fastrlhf

@@ -208,14 +208,14 @@ void kl_full_backward_as(const KlFullArgs& a) {
 }  // namespace
 
 #if FASTRLHF_ISA_LEVEL < 3  // the token-level op writes no bf16 and is not built again for it
-void kl(const KlArgs& a) { a.f64 ? kl_as<double>(a) : kl_as<float>(a); }
+void kl(const KlArgs& a) { with_compute_type(a.f64, [&](auto t) { kl_as<decltype(t)>(a); }); }
 #endif
 
 void kl_full_forward(const KlFullArgs& a) {
-  with_float_type(a.logits.dtype, [&](auto s) { kl_full_forward_as<decltype(s)>(a); });
+  with_row_type(a.logits.dtype, [&](auto s) { kl_full_forward_as<decltype(s)>(a); });
 }
 void kl_full_backward(const KlFullArgs& a) {
-  with_float_type(a.logits.dtype, [&](auto s) { kl_full_backward_as<decltype(s)>(a); });
+  with_row_type(a.logits.dtype, [&](auto s) { kl_full_backward_as<decltype(s)>(a); });
 }
 
 }}  // namespace

@@ -32,7 +32,10 @@ struct KlFullArgs {
   int threads = 1;
 };
 
-FASTRLHF_KERNEL(KlArgs, kl)
+inline bool is_f64(const KlFullArgs& a) { return a.logits.dtype == DType::f64; }
+inline bool is_bf16(const KlFullArgs& a) { return a.logits.dtype == DType::bf16; }
+
+FASTRLHF_KERNEL_F64(KlArgs, kl)
 FASTRLHF_KERNEL_BF16(KlFullArgs, kl_full_forward)
 FASTRLHF_KERNEL_BF16(KlFullArgs, kl_full_backward)
 

@@ -17,7 +17,7 @@ struct LinearArgs {
 
 // What `LinearArgs::logits` hold the rows of side by side.
 struct StoredLanes {
-  bool wide;       // float64
+  bool f64;
   int64_t* lanes;
 };
 

@@ -388,12 +388,12 @@ void backward(const LinearBackwardArgs& b) {
 
 // f(compute type, operand type) for the dtypes of a call.
 template <class F>
-void with_types(const LinearArgs& a, F&& f) {
-  if (a.row.logits.dtype == DType::f64) return f(double{}, double{});
+void with_types([[maybe_unused]] const LinearArgs& a, F&& f) {
 #if FASTRLHF_ISA_LEVEL == 3
-  if (a.hidden.dtype == DType::bf16 && a.weight.dtype == DType::bf16) return f(float{}, Pair{});
+  f(float{}, Pair{});
+#else
+  with_compute_type(is_f64(a), [&](auto t) { f(t, t); });
 #endif
-  f(float{}, float{});
 }
 
 }  // namespace
@@ -402,7 +402,9 @@ void linear_logprobs_forward(const LinearArgs& a) {
   with_types(a, [&](auto t, auto e) { forward<decltype(t), decltype(e)>(a); });
 }
 
-void linear_logprobs_stored_lanes(const StoredLanes& s) { *s.lanes = s.wide ? TileOf<double>::NR : TileOf<float>::NR; }
+#if FASTRLHF_ISA_LEVEL < 3
+void linear_logprobs_stored_lanes(const StoredLanes& s) { with_compute_type(s.f64, [&](auto t) { *s.lanes = TileOf<decltype(t)>::NR; }); }
+#endif
 
 void linear_logprobs_backward(const LinearBackwardArgs& b) {
   with_types(b.forward, [&](auto t, auto e) {

@@ -227,10 +227,7 @@ struct TileGradient {
       const float u = (x[e] - r.max) * r.c;
       float g = exp2_fast(u) * fmaf(fmaxf(u, -200.f), r.slope, r.constant);
       if (here && y == e_column(e)) g += r.at_label;
-      if (!Plain && cap != 0 && g != 0) {
-        const float t = x[e] / cap;
-        g *= 1 - t * t;
-      }
+      if (!Plain && cap != 0 && g != 0) g *= soft_cap_slope(x[e], cap, 1 / (cap * cap));
       x[e] = r.nothing ? 0.f : g;
     }
   }

@@ -124,7 +124,7 @@ inline void sparse_backward(const LinearBackwardArgs& b, const int64_t* rows, in
         const int64_t y = label_at(r, row, k);
         if (y != r.ignore_index && y - r.vocab_start == entries.columns[j]) d += gradients.at_label(row, k) * scale;
       }
-      if (r.softcap != 0 && d != 0) d *= 1 - z / r.softcap * (z / r.softcap);
+      if (r.softcap != 0 && d != 0) d *= soft_cap_slope(z, r.softcap, 1 / (r.softcap * r.softcap));
       entries.logits[j] = static_cast<T>(d);
       if (!b.grad_hidden) continue;
       load_row(a.weight, entries.columns[j], H, weight);

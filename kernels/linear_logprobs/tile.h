@@ -113,13 +113,10 @@ inline void gradient(const LinearArgs& a, const RowPanel<T>& panel, const PanelG
   constexpr int64_t NR = TileOf<T>::NR;
   const LogprobsArgs& r = a.row;
   T derivative[most_panels * TileOf<T>::MR * NR];
-  const V one = V::set(1), floor_ = V::set(-200);
+  const V floor_ = V::set(-200);
   if (r.softcap != 0) {
-    const V over = V::set(static_cast<T>(1 / r.softcap));
-    for (int64_t i = 0; i < columns * NR; i += V::W) {
-      const V t = V::load(tile + i) * over;
-      (one - t * t).store(derivative + i);
-    }
+    const V cap = V::set(static_cast<T>(r.softcap)), square = V::set(static_cast<T>(1 / (r.softcap * r.softcap)));
+    for (int64_t i = 0; i < columns * NR; i += V::W) soft_cap_slope(V::load(tile + i), cap, square).store(derivative + i);
   }
   for (int64_t j = 0; j < NR; j += V::W) {
     const V m = V::load(g.max + j), c = V::load(panel.scale + j), p = V::load(g.constant + j), q = V::load(g.slope + j);

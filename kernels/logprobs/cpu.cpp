@@ -154,8 +154,7 @@ void backward(const LogprobsBackwardArgs& args) {
     const double slope = of_m.slope * to_m, constant = (of_m.constant + of_m.slope * shift) * to_m;
 
     auto chain = [&](double z) {  // d softcap(x) / dx where softcap(x) = z
-      const double tanh_ = a.softcap == 0 ? 0 : z / a.softcap;
-      return 1 - tanh_ * tanh_;
+      return a.softcap == 0 ? 1 : soft_cap_slope(z, a.softcap, 1 / (a.softcap * a.softcap));
     };
     auto label_part = [&](int64_t column) {
       double g = 0;
@@ -203,11 +202,10 @@ void backward(const LogprobsBackwardArgs& args) {
           gradient[y] += static_cast<T>(value(args.grad_logprobs, row * K + k) * scale);
       }
       if (a.softcap != 0) {
-        const V one = V::set(1), over = V::set(static_cast<T>(1 / a.softcap));
+        const V cap = V::set(static_cast<T>(a.softcap)), square = V::set(static_cast<T>(1 / (a.softcap * a.softcap)));
         for (int64_t i = 0; i < n; i += V::W) {
-          const V t = V::load(buffer + i) * over;  // -inf outside the kept set, where the gradient is 0
-          const V g = V::load(gradient + i);
-          select(g != V::set(0), g * (one - t * t), g).store(gradient + i);
+          const V g = V::load(gradient + i);  // 0 outside the kept set, where the logit is -inf
+          select(g != V::set(0), g * soft_cap_slope(V::load(buffer + i), cap, square), g).store(gradient + i);
         }
       }
       write_row<S, T>(out + begin, gradient, n, past_cache);
@@ -219,16 +217,17 @@ void backward(const LogprobsBackwardArgs& args) {
 }  // namespace
 
 void logprobs_forward(const LogprobsArgs& a) {
-  with_float_type(a.logits.dtype, [&](auto s) { forward<decltype(s)>(a); });
+  with_row_type(a.logits.dtype, [&](auto s) { forward<decltype(s)>(a); });
 }
 
 void logprobs_backward(const LogprobsBackwardArgs& a) {
-  with_float_type(a.forward.logits.dtype, [&](auto s) { backward<decltype(s)>(a); });
+  with_row_type(a.forward.logits.dtype, [&](auto s) { backward<decltype(s)>(a); });
 }
 
+#if FASTRLHF_ISA_LEVEL < 3
 void logprobs_combine(const LogprobsCombineArgs& c) {
-  if (c.forward.logits.dtype == DType::f64) combine<double>(c);
-  else combine<float>(c);
+  with_compute_type(is_f64(c), [&](auto t) { combine<decltype(t)>(c); });
 }
+#endif
 
 }}  // namespace

@@ -170,8 +170,7 @@ __global__ void __launch_bounds__(most_threads, 1) backward_kernel(LogprobsBackw
     };
     auto chain = [&](float value, float g) {  // through the soft cap; -inf is outside the kept set
       if (cap == 0 || g == 0) return g;
-      const float t = value / cap;
-      return g * (1 - t * t);
+      return g * soft_cap_slope(value, cap, 1 / (cap * cap));
     };
     if (sparse) {
       __syncthreads();  // the zeros first

@@ -302,8 +302,8 @@ def _softmax_part(x, m, c, constant, slope, WEIGHTED: tl.constexpr):
 def _chain(gradient, x, softcap, CAPPED: tl.constexpr):
     """Through x = softcap · tanh(logit / softcap); x may be -inf where the gradient is 0."""
     if CAPPED:
-        tanh = x * (1 / softcap)
-        gradient = tl.where(gradient != 0, gradient * (1 - tanh * tanh), gradient)
+        slope = (softcap - x) * (softcap + x) * (1 / (softcap * softcap))  # the factor that is near 0 is exact
+        gradient = tl.where(gradient != 0, gradient * slope, gradient)
     return gradient
 
 

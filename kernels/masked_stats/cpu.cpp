@@ -76,8 +76,8 @@ void standardize_as(const StandardizeArgs& a) {
 
 }  // namespace
 
-void masked_moments(const MomentsArgs& a) { a.f64 ? moments_as<double>(a) : moments_as<float>(a); }
-void row_sums(const RowSumsArgs& a) { a.f64 ? row_sums_as<double>(a) : row_sums_as<float>(a); }
-void standardize(const StandardizeArgs& a) { a.f64 ? standardize_as<double>(a) : standardize_as<float>(a); }
+void masked_moments(const MomentsArgs& a) { with_compute_type(a.f64, [&](auto t) { moments_as<decltype(t)>(a); }); }
+void row_sums(const RowSumsArgs& a) { with_compute_type(a.f64, [&](auto t) { row_sums_as<decltype(t)>(a); }); }
+void standardize(const StandardizeArgs& a) { with_compute_type(a.f64, [&](auto t) { standardize_as<decltype(t)>(a); }); }
 
 }}  // namespace

@@ -5,8 +5,8 @@
 
 namespace fastrlhf {
 
-FASTRLHF_KERNEL(MomentsArgs, masked_moments)
-FASTRLHF_KERNEL(RowSumsArgs, row_sums)
-FASTRLHF_KERNEL(StandardizeArgs, standardize)
+FASTRLHF_KERNEL_F64(MomentsArgs, masked_moments)
+FASTRLHF_KERNEL_F64(RowSumsArgs, row_sums)
+FASTRLHF_KERNEL_F64(StandardizeArgs, standardize)
 
 }  // namespace fastrlhf

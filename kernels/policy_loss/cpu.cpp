@@ -128,6 +128,6 @@ void policy_loss_as(const PolicyArgs& a) {
 
 }  // namespace
 
-void policy_loss(const PolicyArgs& a) { a.f64 ? policy_loss_as<double>(a) : policy_loss_as<float>(a); }
+void policy_loss(const PolicyArgs& a) { with_compute_type(a.f64, [&](auto t) { policy_loss_as<decltype(t)>(a); }); }
 
 }}  // namespace

@@ -5,6 +5,6 @@
 
 namespace fastrlhf {
 
-FASTRLHF_KERNEL(PolicyArgs, policy_loss)
+FASTRLHF_KERNEL_F64(PolicyArgs, policy_loss)
 
 }  // namespace fastrlhf

@@ -93,6 +93,6 @@ void value_loss_as(const ValueArgs& a) {
 
 }  // namespace
 
-void value_loss(const ValueArgs& a) { a.f64 ? value_loss_as<double>(a) : value_loss_as<float>(a); }
+void value_loss(const ValueArgs& a) { with_compute_type(a.f64, [&](auto t) { value_loss_as<decltype(t)>(a); }); }
 
 }}  // namespace

@@ -5,6 +5,6 @@
 
 namespace fastrlhf {
 
-FASTRLHF_KERNEL(ValueArgs, value_loss)
+FASTRLHF_KERNEL_F64(ValueArgs, value_loss)
 
 }  // namespace fastrlhf

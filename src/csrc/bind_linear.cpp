@@ -45,9 +45,9 @@ void bind_linear(py::module_& m) {
     py::gil_scoped_release release;
     linear_logprobs_backward(b);
   });
-  m.def("linear_logprobs_stored_lanes", [](bool wide) {
+  m.def("linear_logprobs_stored_lanes", [](bool f64) {
     int64_t lanes = 0;
-    linear_logprobs_stored_lanes({wide, &lanes});
+    linear_logprobs_stored_lanes({f64, &lanes});
     return lanes;
   }, "Rows side by side in that room.");
   m.def("linear_logprobs_stored_size", &stored_size, "Elements of the room for the logits of so many rows and columns.");

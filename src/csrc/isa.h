@@ -13,37 +13,43 @@ void set_isa(Isa isa);
 
 }  // namespace fastrlhf
 
+namespace fastrlhf {
+
+// float64 or not, of the arguments of a FASTRLHF_KERNEL_F64; overloaded where they say it otherwise.
+template <class Args>
+auto is_f64(const Args& args) -> decltype(args.f64) { return args.f64; }
+
+}  // namespace fastrlhf
+
 // FASTRLHF_KERNEL(Args, name) declares `void name(const Args&)` at every level and `fastrlhf::name`, which picks one.
-// FASTRLHF_KERNEL_BF16: the same for a kernel that is also built for AVX-512-BF16 (those that write bf16 rows).
+//
+// A level that a dtype gains nothing from is not built for it, because compiling takes time:
+// FASTRLHF_KERNEL_F64: float64, for checks and not for training, runs AVX2's build on AVX-512 too.
+// FASTRLHF_KERNEL_BF16: so, and AVX-512-BF16 has a build of its own for the arguments that are `is_bf16`.
+#define FASTRLHF_DECLARE_KERNEL(level, Args, name) \
+  namespace level { void name(const Args&); }
 #if defined(FASTRLHF_HAVE_X86)
-#define FASTRLHF_KERNEL(Args, name)                         \
-  namespace scalar { void name(const Args&); }              \
-  namespace avx2 { void name(const Args&); }                \
-  namespace avx512 { void name(const Args&); }              \
-  inline void name(const Args& args) {                      \
-    switch (current_isa()) {                                \
-      case Isa::avx512_bf16:                                \
-      case Isa::avx512: return avx512::name(args);          \
-      case Isa::avx2: return avx2::name(args);              \
-      default: return scalar::name(args);                   \
-    }                                                       \
+#define FASTRLHF_KERNEL_WHERE(Args, name, in_avx512, in_avx512_bf16)   \
+  FASTRLHF_DECLARE_KERNEL(scalar, Args, name)                          \
+  FASTRLHF_DECLARE_KERNEL(avx2, Args, name)                            \
+  FASTRLHF_DECLARE_KERNEL(avx512, Args, name)                          \
+  inline void name(const Args& args) {                                 \
+    const Isa isa = current_isa();                                     \
+    in_avx512_bf16                                                     \
+    if (isa >= Isa::avx512 && (in_avx512)) return avx512::name(args);  \
+    if (isa >= Isa::avx2) return avx2::name(args);                     \
+    scalar::name(args);                                                \
   }
-#define FASTRLHF_KERNEL_BF16(Args, name)                    \
-  namespace scalar { void name(const Args&); }              \
-  namespace avx2 { void name(const Args&); }                \
-  namespace avx512 { void name(const Args&); }              \
-  namespace avx512_bf16 { void name(const Args&); }         \
-  inline void name(const Args& args) {                      \
-    switch (current_isa()) {                                \
-      case Isa::avx512_bf16: return avx512_bf16::name(args);\
-      case Isa::avx512: return avx512::name(args);          \
-      case Isa::avx2: return avx2::name(args);              \
-      default: return scalar::name(args);                   \
-    }                                                       \
-  }
+#define FASTRLHF_KERNEL(Args, name) FASTRLHF_KERNEL_WHERE(Args, name, true, )
+#define FASTRLHF_KERNEL_F64(Args, name) FASTRLHF_KERNEL_WHERE(Args, name, !is_f64(args), )
+#define FASTRLHF_KERNEL_BF16(Args, name)              \
+  FASTRLHF_DECLARE_KERNEL(avx512_bf16, Args, name)    \
+  FASTRLHF_KERNEL_WHERE(Args, name, !is_f64(args),    \
+                        if (isa == Isa::avx512_bf16 && is_bf16(args)) return avx512_bf16::name(args);)
 #else
-#define FASTRLHF_KERNEL(Args, name)                         \
-  namespace scalar { void name(const Args&); }              \
+#define FASTRLHF_KERNEL(Args, name)              \
+  FASTRLHF_DECLARE_KERNEL(scalar, Args, name)    \
   inline void name(const Args& args) { scalar::name(args); }
+#define FASTRLHF_KERNEL_F64(Args, name) FASTRLHF_KERNEL(Args, name)
 #define FASTRLHF_KERNEL_BF16(Args, name) FASTRLHF_KERNEL(Args, name)
 #endif

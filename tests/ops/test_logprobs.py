@@ -364,6 +364,18 @@ def test_more_than_2_31_elements(compiled):
     assert torch.allclose(out.logprobs[:-1], torch.tensor(-float(torch.tensor(float(vocab)).log())))
 
 
+def test_the_gradient_of_a_label_far_into_the_soft_cap(backend):
+    """1 - tanh² of a tanh next to -1 or 1: an ulp of tanh is 1e-3 of it."""
+    labels = torch.cat([torch.arange(20), torch.arange(57, 77)])
+    logits = inputs("rising", len(labels), 77, torch.float32)
+    found = []
+    for dtype, chosen in ((torch.float32, backend), (torch.float64, "reference"), (torch.float32, "reference")):
+        x = logits.to(dtype, copy=True).requires_grad_()
+        fastrlhf.logprobs(x, labels, temperature=0.1, softcap=7.0, backend=chosen).logprobs.sum().backward()
+        found.append(x.grad)
+    assert_gradient_accurate(*found)
+
+
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(
     rows=st.integers(0, 5),

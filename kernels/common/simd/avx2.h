@@ -39,10 +39,11 @@ struct F32 {
   friend F32 select(Mask m, F32 a, F32 b) { return {_mm256_blendv_ps(b.r, a.r, m.m)}; }
   // lane i takes lane i + k; `fill` comes in at the end
   template <int k> static F32 down(F32 a, F32 fill) {
-    float both[16];
-    a.store(both);
-    fill.store(both + 8);
-    return load(both + k);
+    static_assert(0 < k && k < W, "within the vector");
+    const __m256i x = _mm256_castps_si256(a.r), y = _mm256_castps_si256(fill.r);
+    const __m256i middle = _mm256_permute2x128_si256(x, y, 0x21);  // x's upper half, y's lower
+    if constexpr (k < 4) return {_mm256_castsi256_ps(_mm256_alignr_epi8(middle, x, 4 * k))};
+    else return {_mm256_castsi256_ps(_mm256_alignr_epi8(y, middle, 4 * (k - 4)))};
   }
   friend float first(F32 a) { return _mm256_cvtss_f32(a.r); }
   friend float sum(F32 a) {
