@@ -79,10 +79,13 @@ $(VENV)/.torch: $(VENV)/.venv
 	$(PIP) install '$(TORCH)' numpy
 	touch $@
 
-# Not editable: what is tested is what a user installs.
-$(VENV)/.installed: $(VENV)/.torch $(SOURCES) $(shell find python kernels -name '*.py' -o -name '*.json')
+$(VENV)/.wheel: $(VENV)/.torch $(SOURCES) $(shell find python kernels -name '*.py' -o -name '*.json')
 	rm -rf build/wheel
 	$(PIP) wheel --no-deps -w build/wheel . -Cbuild-dir=build/make
+	touch $@
+
+# Not editable: what is tested is what a user installs.
+$(VENV)/.installed: $(VENV)/.wheel
 	$(PIP) install --force-reinstall --no-deps build/wheel/*.whl
 	$(PIP) install "$$(echo build/wheel/*.whl)[test,bench]"
 	touch $@
