@@ -109,7 +109,7 @@ def test_a_hash_sees_a_flipped_bit_and_swapped_rows() -> None:
     assert hashed(b) != first and hashed(c) != first and hashed(d) == first
 
 
-def test_a_copy_costs_less_than_a_microsecond() -> None:
+def test_a_copy_costs_less_than_half_a_microsecond() -> None:
     """Of 4 KB, the copying itself in it, between rows that stay in the cache: memory is shared with what else runs here."""
     n, rows = 20_000, 32
     source, dest = torch.zeros(rows, 4096, dtype=torch.uint8), torch.zeros(rows, 4096, dtype=torch.uint8)
@@ -119,7 +119,7 @@ def test_a_copy_costs_less_than_a_microsecond() -> None:
         started = time.perf_counter()
         run(copies)
         best = min(best, time.perf_counter() - started)
-    assert best / n < 1e-6, f"{best / n * 1e9:.0f} ns"
+    assert best / n < 0.5e-6, f"{best / n * 1e9:.0f} ns"
 
 
 def test_bad_tables_are_refused() -> None:

@@ -221,10 +221,8 @@ EXPERTS = {
 )
 def test_plans_of_large_models_are_quick(c: dict[str, Any], a: str, b: str, parameters: float, seconds: float) -> None:
     best = float("inf")
-    for turn in range(20):
-        if turn >= 3 and best < seconds:
-            break
-        started = time.process_time()  # the machine is shared, a core's caches too
+    for _ in range(3):
+        started = time.process_time()  # the machine is shared
         model = model_of(c)
         source, dest = catalogue_for(model, layout(a, "megatron")), catalogue_for(model, layout(b, "engine"))
         plan = make_plan(source, dest)

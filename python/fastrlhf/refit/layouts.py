@@ -134,10 +134,9 @@ class _Writer:
         for i in range(self.layout.dp * self.layout.tp):
             yield stage * self.layout.dp * self.layout.tp + i, i % self.layout.tp
 
-    def _kinds(self, part: Part, name: str) -> Iterator[tuple[int, str, str, int, int]]:
+    def _kinds(self, part: Part, name: str, block: tuple[int, int]) -> Iterator[tuple[int, str, str, int, int]]:
         """(tensor, parameter's name, dtype, block rows, block cols): the part itself, and its scales where it is quantised."""
-        block = self.layout.quantise
-        if block is None or part.cols == 1:
+        if part.cols == 1:
             yield self.builder.tensor(part.name, part.rows, part.cols, self.model.dtype), name, self.model.dtype, 1, 1
             return
         high, wide = block
@@ -150,10 +149,16 @@ class _Writer:
         quantised: bool = True,
     ) -> list[int]:  # fmt: skip
         """A parameter (rows, cols) of (part, row, col, rows, cols, at, at_col); returns it and its scales."""
+        block, dtype = self.layout.quantise if quantised else None, self.model.dtype
+        if block is None:
+            param = self.builder.param(rank, name, rows, cols, dtype)
+            for part, row, col, height, width, at, at_col in pieces:
+                tensor = self.builder.tensor(part.name, part.rows, part.cols, dtype)
+                self.builder.put(tensor, row, col, height, width, param, at, at_col)
+            return [param]
         params: dict[str, int] = {}
         for part, row, col, height, width, at, at_col in pieces:
-            kinds = self._kinds(part, name) if quantised else self._plain(part, name)
-            for tensor, title, dtype, high, wide in kinds:
+            for tensor, title, dtype, high, wide in self._kinds(part, name, block):
                 if title not in params:
                     params[title] = self.builder.param(rank, title, -(-rows // high), -(-cols // wide), dtype)
                 if row % high or col % wide or at % high or at_col % wide:
@@ -166,9 +171,6 @@ class _Writer:
                     at_col // wide,
                 )  # fmt: skip
         return list(params.values())
-
-    def _plain(self, part: Part, name: str) -> Iterator[tuple[int, str, str, int, int]]:
-        yield self.builder.tensor(part.name, part.rows, part.cols, self.model.dtype), name, self.model.dtype, 1, 1
 
     def _copied(self, module: Copied, stage: int) -> None:
         part = module.part
