@@ -58,13 +58,20 @@ inline void with_float_type(DType dtype, F&& f) {
   }
 }
 
+// The same with the types that are computed in T.
+template <class T, class F>
+inline void with_type_of([[maybe_unused]] DType dtype, F&& f) {
+  if constexpr (sizeof(T) == 8) f(double{});
+  else dtype == DType::bf16 ? f(bf16{}) : dtype == DType::f16 ? f(half{}) : f(float{});
+}
+
 // The same with the types that this level is built for: see FASTRLHF_KERNEL_F64 and _BF16.
 template <class F>
 inline void with_row_type([[maybe_unused]] DType dtype, F&& f) {
 #if FASTRLHF_ISA_LEVEL < 2
   with_float_type(dtype, f);
 #elif FASTRLHF_ISA_LEVEL == 2
-  dtype == DType::bf16 ? f(bf16{}) : dtype == DType::f16 ? f(half{}) : f(float{});
+  with_type_of<float>(dtype, f);
 #else
   f(bf16{});
 #endif

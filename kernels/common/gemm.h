@@ -23,7 +23,7 @@ struct TileOf {
 #if FASTRLHF_ISA_LEVEL >= 2
   static constexpr int64_t MR = 12;
 #else
-  static constexpr int64_t MR = sizeof(T) == 8 ? 2 : 6;
+  static constexpr int64_t MR = 6;
 #endif
 };
 

@@ -54,13 +54,38 @@ struct Softmax {
   T max = 0;
   double log_sum = 0;
 
-  template <class S>
-  static Softmax of(const S* x, int64_t n, double scale, T* buffer) {
-    const RowStats<T> stats = plain_row_stats<false>(x, n, scale, buffer);
-    return {stats.max, std::log(stats.sum)};
-  }
   template <class V>
   V log_probability(V x, V scale) const { return (x - V::set(max)) * scale - V::set(static_cast<T>(log_sum)); }
+};
+
+// A row of logits or of their gradient, of any dtype that is computed in T. What depends on the dtype is here, and not inlined:
+// the ops below are compiled once for all of them.
+template <class T>
+struct Row {
+  const Matrix& matrix;
+  int64_t start;
+
+  Row(const Matrix& m, int64_t row) : matrix(m), start(m.offset(row)) {}
+
+  [[gnu::noinline]] Softmax<T> softmax(int64_t n, double scale, T* buffer) const {
+    RowStats<T> stats;
+    with_type_of<T>(matrix.dtype, [&](auto s) { stats = plain_row_stats<false>(at<decltype(s)>(0), n, scale, buffer); });
+    return {stats.max, std::log(stats.sum)};
+  }
+  // [begin, begin + n) as T, -inf up to whole pairs of vectors; returns that size.
+  [[gnu::noinline]] int64_t read(int64_t begin, int64_t n, T* buffer) const {
+    int64_t size = 0;
+    with_type_of<T>(matrix.dtype, [&](auto s) { size = stage(at<decltype(s)>(begin), n, 0, nullptr, buffer); });
+    return size;
+  }
+  [[gnu::noinline]] void write(int64_t begin, const T* from, int64_t n, bool past_cache) const {
+    with_type_of<T>(matrix.dtype, [&](auto s) { write_row(at<decltype(s)>(begin), from, n, past_cache); });
+  }
+  void clear(int64_t n) const { std::memset(static_cast<char*>(matrix.data) + start * element_size(matrix.dtype), 0, n * element_size(matrix.dtype)); }
+
+ private:
+  template <class S>
+  S* at(int64_t i) const { return static_cast<S*>(matrix.data) + start + i; }
 };
 
 // p log(p / q), 0 where p is 0. Where only q is 0 that is +inf, as it should be.
@@ -75,9 +100,8 @@ struct Pair {  // a block of both rows as T
   Buffer<T> logits[block_size / chunk_size], ref[block_size / chunk_size], grad[block_size / chunk_size], grad_ref[block_size / chunk_size];
 };
 
-template <class S>
+template <class T>
 void kl_full_forward_as(const KlFullArgs& a) {
-  using T = typename ComputeOf<S>::type;
   using V = typename VectorOf<T>::type;
   const int workers = worthwhile(a.threads, a.rows * a.vocab);
   Scratch<Pair<T>> pairs(workers, Uninitialized{});
@@ -92,16 +116,15 @@ void kl_full_forward_as(const KlFullArgs& a) {
     }
     T* x = pairs[worker].logits[0].data;
     T* y = pairs[worker].ref[0].data;
-    const S* logits = static_cast<const S*>(a.logits.data) + a.logits.offset(row);
-    const S* ref = static_cast<const S*>(a.ref_logits.data) + a.ref_logits.offset(row);
-    const auto p = Softmax<T>::of(logits, a.vocab, scale, x), q = Softmax<T>::of(ref, a.vocab, scale, x);
+    const Row<T> logits(a.logits, row), ref(a.ref_logits, row);
+    const Softmax<T> p = logits.softmax(a.vocab, scale, x), q = ref.softmax(a.vocab, scale, x);
     stats[0] = p.max, stats[1] = static_cast<T>(p.log_sum), stats[2] = q.max, stats[3] = static_cast<T>(q.log_sum);
     const V s = V::set(static_cast<T>(scale));
     double total = 0;
     for (int64_t begin = 0; begin < a.vocab; begin += block_size) {
       const int64_t n = a.vocab - begin < block_size ? a.vocab - begin : block_size;
-      const int64_t size = stage(logits + begin, n, 0, nullptr, x);
-      stage(ref + begin, n, 0, nullptr, y);
+      const int64_t size = logits.read(begin, n, x);
+      ref.read(begin, n, y);
       V sums = V::set(0);
       for (int64_t i = 0; i < size; i += V::W) {
         const V lp = p.log_probability(V::load(x + i), s), lq = q.log_probability(V::load(y + i), s);
@@ -124,28 +147,25 @@ void kl_full_forward_as(const KlFullArgs& a) {
 //   forward KL(Q||P):  d/dx = P - Q                    d/dy = Q (-L - KL)
 //   reverse KL(P||Q):  d/dx = P (L - KL)               d/dy = Q - P
 //   js:                d/dx = P (log(P/M) - KL(P||M))/2  d/dy = Q (log(Q/M) - KL(Q||M))/2
-template <class S>
+template <class T>
 void kl_full_backward_as(const KlFullArgs& a) {
-  using T = typename ComputeOf<S>::type;
   using V = typename VectorOf<T>::type;
   const int workers = worthwhile(a.threads, a.rows * a.vocab);
   Scratch<Pair<T>> pairs(workers, Uninitialized{});
   const double scale = 1 / a.temperature;
-  const bool past_cache = a.rows * a.vocab * static_cast<int64_t>(sizeof(S)) > (int64_t{16} << 20);
+  const bool past_cache = a.rows * a.vocab * element_size(a.logits.dtype) > (int64_t{16} << 20);
   parallel_for(a.rows, workers, [&](int64_t row, int worker) {
-    S* dx = a.grad_logits.data ? static_cast<S*>(a.grad_logits.data) + a.grad_logits.offset(row) : nullptr;
-    S* dy = a.grad_ref_logits.data ? static_cast<S*>(a.grad_ref_logits.data) + a.grad_ref_logits.offset(row) : nullptr;
+    const Row<T> dx(a.grad_logits, row), dy(a.grad_ref_logits, row);
     const double g = static_cast<const T*>(a.grad)[row];
     if (g == 0 || (a.mask && !a.mask[row])) {
-      for (S* d : {dx, dy}) if (d) std::memset(static_cast<void*>(d), 0, a.vocab * sizeof(S));
+      for (const Row<T>& d : {dx, dy}) if (d.matrix.data) d.clear(a.vocab);
       return;
     }
     T* x = pairs[worker].logits[0].data;
     T* y = pairs[worker].ref[0].data;
     T* gx = pairs[worker].grad[0].data;
     T* gy = pairs[worker].grad_ref[0].data;
-    const S* logits = static_cast<const S*>(a.logits.data) + a.logits.offset(row);
-    const S* ref = static_cast<const S*>(a.ref_logits.data) + a.ref_logits.offset(row);
+    const Row<T> logits(a.logits, row), ref(a.ref_logits, row);
     const T* stats = static_cast<const T*>(a.stats) + 4 * row;
     const Softmax<T> p{stats[0], stats[1]}, q{stats[2], stats[3]};
     const V s = V::set(static_cast<T>(scale)), zero = V::set(0);
@@ -156,8 +176,8 @@ void kl_full_backward_as(const KlFullArgs& a) {
     auto blocks = [&](auto&& body) {
       for (int64_t begin = 0; begin < a.vocab; begin += block_size) {
         const int64_t n = a.vocab - begin < block_size ? a.vocab - begin : block_size;
-        const int64_t size = stage(logits + begin, n, 0, nullptr, x);
-        stage(ref + begin, n, 0, nullptr, y);
+        const int64_t size = logits.read(begin, n, x);
+        ref.read(begin, n, y);
         body(begin, n, size);
       }
     };
@@ -198,8 +218,8 @@ void kl_full_backward_as(const KlFullArgs& a) {
         (ax * factor).store(gx + i);
         (ay * factor).store(gy + i);
       }
-      if (dx) write_row<S, T>(dx + begin, gx, n, past_cache);
-      if (dy) write_row<S, T>(dy + begin, gy, n, past_cache);
+      if (a.grad_logits.data) dx.write(begin, gx, n, past_cache);
+      if (a.grad_ref_logits.data) dy.write(begin, gy, n, past_cache);
     });
     if (past_cache) stream_end();
   });
@@ -207,15 +227,8 @@ void kl_full_backward_as(const KlFullArgs& a) {
 
 }  // namespace
 
-#if FASTRLHF_ISA_LEVEL < 3  // the token-level op writes no bf16 and is not built again for it
 void kl(const KlArgs& a) { with_compute_type(a.f64, [&](auto t) { kl_as<decltype(t)>(a); }); }
-#endif
-
-void kl_full_forward(const KlFullArgs& a) {
-  with_row_type(a.logits.dtype, [&](auto s) { kl_full_forward_as<decltype(s)>(a); });
-}
-void kl_full_backward(const KlFullArgs& a) {
-  with_row_type(a.logits.dtype, [&](auto s) { kl_full_backward_as<decltype(s)>(a); });
-}
+void kl_full_forward(const KlFullArgs& a) { with_compute_type(is_f64(a), [&](auto t) { kl_full_forward_as<decltype(t)>(a); }); }
+void kl_full_backward(const KlFullArgs& a) { with_compute_type(is_f64(a), [&](auto t) { kl_full_backward_as<decltype(t)>(a); }); }
 
 }}  // namespace

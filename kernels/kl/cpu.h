@@ -33,10 +33,9 @@ struct KlFullArgs {
 };
 
 inline bool is_f64(const KlFullArgs& a) { return a.logits.dtype == DType::f64; }
-inline bool is_bf16(const KlFullArgs& a) { return a.logits.dtype == DType::bf16; }
 
 FASTRLHF_KERNEL_F64(KlArgs, kl)
-FASTRLHF_KERNEL_BF16(KlFullArgs, kl_full_forward)
-FASTRLHF_KERNEL_BF16(KlFullArgs, kl_full_backward)
+FASTRLHF_KERNEL_F64(KlFullArgs, kl_full_forward)
+FASTRLHF_KERNEL_F64(KlFullArgs, kl_full_backward)
 
 }  // namespace fastrlhf

@@ -9,30 +9,28 @@ namespace {
 
 constexpr int64_t segment = 960;  // columns of a task: whole panels at every level
 
-// `count` rows of a matrix as a panel of the product over its columns.
-template <class Row>
-void pack(const Matrix& m, Row&& row, int64_t count, int64_t width, int64_t K, float* out) {
-  with_float_type(m.dtype, [&](auto s) {
-    using S = decltype(s);
-    const S* source[32];
-    for (int64_t i = 0; i < count; ++i) source[i] = static_cast<const S*>(m.data) + m.offset(row(i));
+// `count` rows of a matrix as a panel of the product over its columns, E: T, or pairs of bf16. Not inlined: two places pack.
+template <class T>
+[[gnu::noinline]] void pack_rows(const Matrix& m, const int64_t* offsets, int64_t count, int64_t width, int64_t K, T* out) {
+  with_type_of<T>(m.dtype, [&](auto s) {
+    const decltype(s)* source[32];
+    for (int64_t i = 0; i < count; ++i) source[i] = static_cast<const decltype(s)*>(m.data) + offsets[i];
     pack_panel(source, count, width, K, 1, out);
   });
 }
-template <class Row>
-void pack(const Matrix& m, Row&& row, int64_t count, int64_t width, int64_t K, double* out) {
-  const double* source[32];
-  for (int64_t i = 0; i < count; ++i) source[i] = static_cast<const double*>(m.data) + m.offset(row(i));
-  pack_panel(source, count, width, K, 1, out);
-}
 #if FASTRLHF_ISA_LEVEL == 3
-template <class Row>
-void pack(const Matrix& m, Row&& row, int64_t count, int64_t width, int64_t K, Pair* out) {
+void pack_rows(const Matrix& m, const int64_t* offsets, int64_t count, int64_t width, int64_t K, Pair* out) {
   const bf16* source[32];
-  for (int64_t i = 0; i < count; ++i) source[i] = static_cast<const bf16*>(m.data) + m.offset(row(i));
+  for (int64_t i = 0; i < count; ++i) source[i] = static_cast<const bf16*>(m.data) + offsets[i];
   pack_pairs(source, count, width, K, out);
 }
 #endif
+template <class Row, class E>
+void pack(const Matrix& m, Row&& row, int64_t count, int64_t width, int64_t K, E* out) {
+  int64_t offsets[32];
+  for (int64_t i = 0; i < count; ++i) offsets[i] = m.offset(row(i));
+  pack_rows(m, offsets, count, width, K, out);
+}
 
 // `count` columns from `first` on of K rows of a matrix, as a panel of a product over those rows.
 template <class T, class Row>
@@ -42,7 +40,7 @@ void pack_across(const Matrix& m, Row&& row, int64_t first, int64_t count, int64
     pack_panel_across([&](int64_t k) { return static_cast<const S*>(m.data) + m.offset(row(k)) + first; }, count, width, K, out);
   };
   if constexpr (sizeof(T) == 8) with(double{});
-  else with_float_type(m.dtype, [&](auto s) { if constexpr (sizeof(s) <= 4) with(s); });
+  else with_type_of<T>(m.dtype, with);
 }
 #if FASTRLHF_ISA_LEVEL == 3
 template <class Row>
@@ -193,7 +191,9 @@ void forward(const LinearArgs& a) {
     if (ignored(r, i)) write_absent_row<T>(r, i);
   Scratch<int64_t> rows(r.rows, Uninitialized{});
   const int64_t count = counted_rows(r, rows.get(), [](int64_t) { return true; });
+#if FASTRLHF_ISA_LEVEL < 3
   if (r.kept_indptr) return sparse_forward<T>(a, rows.get(), count);
+#endif
   const int64_t values = static_cast<int64_t>(sizeof(T)) * (1 + r.labels_per_row) + 2 * static_cast<int64_t>(sizeof(double));
   const int64_t parts = panels_of(r.vocab, segment) * values;
   const int64_t size = rows_at_once<T>(a, count, units_of<E>(a.width) * static_cast<int64_t>(sizeof(E)) + parts);
@@ -368,7 +368,9 @@ void backward(const LinearBackwardArgs& b) {
   Scratch<int64_t> rows(a.row.rows, Uninitialized{});
   const int64_t count = counted_rows(a.row, rows.get(), [&](int64_t i) { return a.logits || gradients.any(i); });
   if (count < a.row.rows || count == 0 || a.row.kept_indptr) clear<T>(b);
+#if FASTRLHF_ISA_LEVEL < 3
   if (a.row.kept_indptr) return sparse_backward<T>(b, rows.get(), count, gradients);
+#endif
   const int64_t size = rows_at_once<T>(a, count, (3 * a.width + 2 * segment) * static_cast<int64_t>(sizeof(T)));
   // several blocks add up in the output where it is wide enough, else in `sums`
   const bool narrow = b.grad_weight && b.grad_weight_dtype != a.row.logits.dtype && !b.accumulate && !b.narrow_sums && count > size;

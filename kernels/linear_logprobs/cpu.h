@@ -7,7 +7,8 @@ namespace fastrlhf {
 
 inline bool is_f64(const LinearArgs& a) { return a.row.logits.dtype == DType::f64; }
 inline bool is_f64(const LinearBackwardArgs& b) { return is_f64(b.forward); }
-inline bool is_bf16(const LinearArgs& a) { return a.hidden.dtype == DType::bf16 && a.weight.dtype == DType::bf16; }
+// Products of bf16 by bf16, in tiles: the dot products of a kept set are single ones.
+inline bool is_bf16(const LinearArgs& a) { return a.hidden.dtype == DType::bf16 && a.weight.dtype == DType::bf16 && !a.row.kept_indptr; }
 inline bool is_bf16(const LinearBackwardArgs& b) { return is_bf16(b.forward); }
 
 FASTRLHF_KERNEL_BF16(LinearArgs, linear_logprobs_forward)

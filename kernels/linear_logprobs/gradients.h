@@ -45,7 +45,7 @@ struct RowGradients {
 
 // n values of `from` to an output of any float type, or added to it.
 template <class T>
-void write_values(void* to, DType dtype, int64_t at, const T* from, int64_t n, bool add) {
+[[gnu::noinline]] void write_values(void* to, DType dtype, int64_t at, const T* from, int64_t n, bool add) {
   with_float_type(dtype, [&](auto s) {
     using S = decltype(s);
     S* p = static_cast<S*>(to) + at;

@@ -10,10 +10,11 @@ namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
 
 // A row of a matrix as T.
 template <class T>
-inline void load_row(const Matrix& m, int64_t row, int64_t n, T* out) {
-  auto with = [&](auto s) { const auto* p = static_cast<const decltype(s)*>(m.data) + m.offset(row); for (int64_t i = 0; i < n; ++i) out[i] = to_compute(p[i]); };
-  if constexpr (sizeof(T) == 8) with(double{});
-  else with_float_type(m.dtype, [&](auto s) { if constexpr (sizeof(s) <= 4) with(s); });
+[[gnu::noinline]] void load_row(const Matrix& m, int64_t row, int64_t n, T* out) {
+  with_type_of<T>(m.dtype, [&](auto s) {
+    const auto* p = static_cast<const decltype(s)*>(m.data) + m.offset(row);
+    for (int64_t i = 0; i < n; ++i) out[i] = to_compute(p[i]);
+  });
 }
 
 template <class T>
@@ -58,7 +59,7 @@ struct Entries {
     return n;
   }
 
-  Entries(const LinearArgs& a, const int64_t* rows, int64_t count, int64_t total)
+  [[gnu::noinline]] Entries(const LinearArgs& a, const int64_t* rows, int64_t count, int64_t total)
       : begin(count, Uninitialized{}), size(count, Uninitialized{}), columns(total, Uninitialized{}), logits(total, Uninitialized{}) {
     int64_t at = 0;
     for (int64_t i = 0; i < count; ++i) {

@@ -2,6 +2,9 @@
 // across lanes. A row's arithmetic depends on its own sequence alone: not on the batch, the tile or the thread.
 #include "cpu.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include "common/convert.h"
 #include "csrc/scratch.h"
 #include "csrc/threads.h"
@@ -109,6 +112,21 @@ inline void weigh(const View<S>& view, int64_t token, int64_t head, int64_t firs
       ((sums.even[r][i] + sums.odd[r][i]) * F32::set(inverse[r])).store(out[r] + d + i * F32::W);
 }
 
+// In place e^(s - max) of the scores [begin, stop), 0 in the rest of `seen`. Returns 1 / their sum.
+[[gnu::noinline]] float exponentials(float* s, int64_t begin, int64_t stop, int64_t seen) {
+  std::fill(s, s + begin, -INFINITY);
+  std::fill(s + stop, s + seen, -INFINITY);
+  F32 high = F32::set(-INFINITY), total = F32::set(0);
+  for (int64_t i = 0; i < seen; i += F32::W) high = max(high, F32::load(s + i));
+  const F32 top = F32::set(highest(high));
+  for (int64_t i = 0; i < seen; i += F32::W) {
+    const F32 w = exp2((F32::load(s + i) - top) * F32::set(1.44269504f));
+    w.store(s + i);
+    total = total + w;
+  }
+  return 1.f / sum(total);
+}
+
 // R query rows of one sequence and one kv head; row r sees the positions before limit[r].
 template <int R, class S>
 void attend(const View<S>& view, int64_t token, int64_t head, const float* const* q, const int64_t* limit, float* scores,
@@ -126,19 +144,8 @@ void attend(const View<S>& view, int64_t token, int64_t head, const float* const
   const int64_t seen = (end - first + paged_block - 1) / paged_block * paged_block;
   float inverse[R];
   for (int r = 0; r < R; ++r) {
-    float* s = scores + r * stride;
-    const int64_t begin = (a.window && limit[r] > a.window ? limit[r] - a.window : 0) - first, stop = limit[r] - first;
-    for (int64_t i = 0; i < begin; ++i) s[i] = -INFINITY;
-    for (int64_t i = stop; i < seen; ++i) s[i] = -INFINITY;
-    F32 high = F32::set(-INFINITY), total = F32::set(0);
-    for (int64_t i = 0; i < seen; i += F32::W) high = max(high, F32::load(s + i));
-    const F32 top = F32::set(highest(high));
-    for (int64_t i = 0; i < seen; i += F32::W) {
-      const F32 w = exp2((F32::load(s + i) - top) * F32::set(1.44269504f));
-      w.store(s + i);
-      total = total + w;
-    }
-    inverse[r] = 1.f / sum(total);
+    const int64_t begin = a.window && limit[r] > a.window ? limit[r] - a.window : 0;
+    inverse[r] = exponentials(scores + r * stride, begin - first, limit[r] - first, seen);
   }
   int64_t d = 0;
   for (; d + 2 * F32::W <= a.padded; d += 2 * F32::W)
@@ -178,9 +185,9 @@ void run(const PagedAttentionArgs& a) {
       float* out[tile];
       int64_t limit[tile], where[tile];
       const int64_t count = rows - row < tile ? rows - row : tile;
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t token = from + (row + r) / group, h = head * group + (row + r) % group;
-        where[r] = (token * a.heads + h) * a.dim;
+      for (int64_t r = 0; r < tile; ++r) {  // three are computed as four, the last twice: the cache is read as often
+        const int64_t i = row + (r < count ? r : count - 1), token = from + i / group;
+        where[r] = (token * a.heads + head * group + i % group) * a.dim;
         q[r] = rotated.get() + where[r];
         out[r] = results + r * a.padded;
         limit[r] = a.positions[token] + 1;
@@ -188,7 +195,6 @@ void run(const PagedAttentionArgs& a) {
       switch (count) {
         case 1: attend<1>(view, from, head, q, limit, scores, stride, out); break;
         case 2: attend<2>(view, from, head, q, limit, scores, stride, out); break;
-        case 3: attend<3>(view, from, head, q, limit, scores, stride, out); break;
         default: attend<4>(view, from, head, q, limit, scores, stride, out);
       }
       for (int64_t r = 0; r < count; ++r)

@@ -41,7 +41,12 @@ inline void stream_end() {}
 #if !defined(FASTRLHF_GPU)
 namespace fastrlhf { namespace FASTRLHF_ISA { namespace {
 
-using F64 = Portable<double, 8>;
+// As wide as a register and no wider: GCC takes wider vectors apart into pieces that it then spills.
+#if FASTRLHF_ISA_LEVEL == 0
+using F64 = Portable<double, 2>;
+#else
+using F64 = Portable<double, 4>;
+#endif
 
 inline void stream(double* p, F64 x) { x.store(p); }
 
