@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from fastrlhf.kernels.sampling import triton as sampling_kernels
 from fastrlhf.ops import backend
 from fastrlhf.ops.paged_attention import empty_cache
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -317,11 +318,37 @@ def variants(case: Callable[[], None], architecture: int) -> Iterator[Variant]:
     yield from dict.fromkeys(found)
 
 
-def compile_one(variant: Variant) -> dict[str, Any]:
+class Source(ASTSource):  # type: ignore[misc]
+    """A kernel whose text is made into IR once, for all architectures: nothing in that depends on them, and it takes as long as
+    ptxas does."""
+
+    module: str | None = None
+
+    def make_ir(self, target: Any, options: Any, codegen_fns: Any, module_map: Any, context: Any) -> Any:
+        if self.module is None:
+            made = super().make_ir(target, options, codegen_fns, module_map, context)
+            self.module = str(made)
+            return made
+        with tempfile.NamedTemporaryFile("w", suffix=".mlir") as file:
+            file.write(self.module)
+            file.flush()
+            made = ir.parse_mlir_module(file.name, context)
+        made.context = context
+        return made
+
+
+def compile_all(group: list[Variant]) -> list[dict[str, Any]]:
+    """Launches that differ in their architecture alone."""
+    first = group[0]
+    kernel = getattr(importlib.import_module(first.module), first.kernel)
+    attributes = {path: [["tt.divisibility", 16]] for path in first.divisible}
+    source = Source(kernel, dict(first.signature), dict(first.constants), attributes)
+    return [compile_one(source, variant) for variant in group]
+
+
+def compile_one(source: Source, variant: Variant) -> dict[str, Any]:
     """Registers a thread, shared memory, stack and spilled bytes; or the error."""
-    kernel = getattr(importlib.import_module(variant.module), variant.kernel)
-    attributes = {path: [["tt.divisibility", 16]] for path in variant.divisible}
-    source = ASTSource(kernel, dict(variant.signature), dict(variant.constants), attributes)
+    kernel = source.fn
     row: dict[str, Any] = {"kernel": variant.name, "architecture": f"sm_{variant.architecture}"}
     row["constants"] = {
         kernel.arg_names[path[0]]: value
@@ -401,8 +428,11 @@ def main() -> int:
     start = time.perf_counter()
     jobs = [v for name in names for a in architectures for v in variants(CASES[name], a)]
     print(f"{len(jobs)} variants, recorded in {time.perf_counter() - start:.0f} s", flush=True)
+    groups: dict[Variant, list[Variant]] = {}
+    for job in jobs:
+        groups.setdefault(replace(job, architecture=0), []).append(job)
     with ProcessPoolExecutor(arguments.processes) as pool:
-        rows = list(pool.map(compile_one, jobs))
+        rows = [row for some in pool.map(compile_all, groups.values()) for row in some]
     if arguments.all:
         for row in rows:
             print(json.dumps(row))

@@ -1,10 +1,12 @@
 """What Triton 3.6's interpreter does otherwise than a GPU, put right for the tests: it truncates float32 to bfloat16, multiplies
 matrices of bfloat16 by their bits, under numpy 2.4 takes no loop bound from a tensor, scans an element at a time, looks
-through all of `triton.language` for what to replace at each call of a device function, and describes in text the type of every
-value that comes by."""
+through all of `triton.language` for what to replace at each call of a device function, describes in text the type of every
+value that comes by, makes those types anew for each of them, and computes integers again in 64 bits for an assertion that it
+then does not make."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import types
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -87,10 +90,68 @@ def _numpy_type(t: Any) -> Any:
     return np.dtype(np.uint64) if isinstance(t.scalar, tl.pointer_type) else NUMPY_TYPES[t.scalar]
 
 
-def _make_block_type(self: Any, element_ty: Any, shape: Any) -> None:
-    self.element_ty = element_ty
-    self.shape = tl.core.tuple(tl.core._unwrap_shape(shape))
-    self.numel = tl.core.validate_block_shape(self.shape)
+BLOCK_TYPES: dict[tuple[int, tuple[int, ...]], tl.block_type] = {}
+
+
+def _block_type(cls: type, element_ty: Any, shape: Any) -> tl.block_type:
+    """One object a type: those that are equal are the same, and what depends on a type is found out once."""
+    if type(shape) is not tl.core.tuple or any(type(n) is not int for n in shape.values):
+        shape = tl.core.tuple(tl.core._unwrap_shape(shape))
+    shape = tuple(shape.values)
+    key = (id(element_ty), shape)  # the type keeps its element type, so that no other takes its address
+    if (known := BLOCK_TYPES.get(key)) is None:
+        known = BLOCK_TYPES[key] = object.__new__(cls)
+        known.element_ty = element_ty
+        known.shape = tl.core.tuple(shape)
+        known.numel = tl.core.validate_block_shape(shape)
+        known.of_tensors = (tl.core.tuple([tl.constexpr(n) for n in shape]), tl.constexpr(known.numel), element_ty)
+    return known
+
+
+def _make_tensor(self: Any, handle: Any, type: Any) -> None:
+    self.handle, self.type = handle, type
+    self.shape, self.numel, self.dtype = type.of_tensors if type.is_block() else (tl.core.tuple([]), tl.constexpr(1), type.scalar)
+
+
+CONSTANTS: dict[tuple[int, str], tl.tensor] = {}
+_broadcast_different = TritonSemantic.broadcast_impl_value
+_check_different = TritonSemantic.binary_op_type_checking_impl
+
+
+def _broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
+    return (lhs, rhs) if lhs.type is rhs.type else _broadcast_different(self, lhs, rhs)
+
+
+def _is_constant_of(type: Any, x: Any) -> bool:
+    if not type.is_block():
+        return False
+    if type.element_ty is tl.float32:
+        return isinstance(x, (int, float)) and not isinstance(x, bool)
+    return isinstance(x, int) and type.element_ty in (tl.int32, tl.int64) and not isinstance(x, bool) and -(2**31) <= x < 2**31
+
+
+def _constant(self: Any, type: Any, x: Any) -> tl.tensor:
+    key = id(type), repr(x)  # 0.0 is not -0.0
+    if (known := CONSTANTS.get(key)) is None:
+        one = self.scalar_constant(x, type.element_ty)
+        known = CONSTANTS[key] = tl.tensor(self.builder.create_splat(type.to_ir(self.builder), one.handle), type)
+        known.handle.data.flags.writeable = False
+    return known
+
+
+def _check(self: Any, lhs: Any, rhs: Any, *arguments: Any, **named: Any) -> Any:
+    """Two of one type are what they have to be; halves may be divided as float32."""
+    if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor) and lhs.type is rhs.type:
+        if lhs.dtype is tl.float32 or lhs.dtype.is_int():
+            return lhs, rhs
+    if isinstance(lhs, tl.tensor) and _is_constant_of(lhs.type, rhs):
+        return lhs, _constant(self, lhs.type, rhs)
+    if isinstance(rhs, tl.tensor) and _is_constant_of(rhs.type, lhs):
+        return _constant(self, rhs.type, lhs), rhs
+    return _check_different(self, lhs, rhs, *arguments, **named)
+
+
+_equal_by_name = tl.dtype.__eq__
 
 
 def _make_tuple(self: Any, args: Any, type: Any = None) -> None:
@@ -108,7 +169,16 @@ def repair() -> None:
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.ScanOps.generic_scan = _scan
     interpreter._get_np_dtype = _numpy_type
-    tl.block_type.__init__ = _make_block_type
+    interpreter.interpreter_builder.options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    tl.block_type.__new__ = _block_type
+    tl.block_type.__init__ = lambda self, element_ty, shape: None
+    tl.block_type.__eq__ = lambda self, other: self is other or (
+        isinstance(other, tl.block_type) and self.element_ty == other.element_ty and self.shape == other.shape
+    )
+    tl.dtype.__eq__ = lambda self, other: self is other or _equal_by_name(self, other)
+    tl.tensor.__init__ = _make_tensor
+    TritonSemantic.broadcast_impl_value = _broadcast
+    TritonSemantic.binary_op_type_checking_impl = _check
     tl.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>")
     tl.core.tuple.__init__ = _make_tuple
     tl.core.tuple.type = _type_of_tuple

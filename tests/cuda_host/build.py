@@ -71,7 +71,8 @@ def _build(library: Path, flags: list[str]) -> None:
         for source in sources():
             to = Path(objects) / f"{source.parent.name}-{source.stem}.o"
             built.append(str(to))
-            running.append(subprocess.Popen([compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(to)]))
+            level = ["-O1"] if "csrc" in source.parts and source.suffix == ".cpp" else []  # bindings, as in CMakeLists.txt
+            running.append(subprocess.Popen([compiler, *flags, *level, "-x", "c++", "-c", str(source), "-o", str(to)]))
             if len(running) == (os.cpu_count() or 1):
                 _finish(running.pop(0))
         for process in running:

@@ -30,6 +30,7 @@ def toolkit() -> Path | None:
     return next((f for f in folders if (f / "cccl").exists()), None)
 
 
+@pytest.mark.cpu_only  # once is enough
 def test_tiles_lie_as_cute_says(tmp_path: Path) -> None:
     headers, cuda = cutlass(), toolkit()
     if headers is None or cuda is None:
