@@ -110,7 +110,9 @@ def _block_type(cls: type, element_ty: Any, shape: Any) -> tl.block_type:
 
 def _make_tensor(self: Any, handle: Any, type: Any) -> None:
     self.handle, self.type = handle, type
-    self.shape, self.numel, self.dtype = type.of_tensors if type.is_block() else (tl.core.tuple([]), tl.constexpr(1), type.scalar)
+    self.shape, self.numel, self.dtype = (
+        type.of_tensors if type.is_block() else (tl.core.tuple([]), tl.constexpr(1), type.scalar)
+    )
 
 
 CONSTANTS: dict[tuple[int, str], tl.tensor] = {}
@@ -141,9 +143,9 @@ def _constant(self: Any, type: Any, x: Any) -> tl.tensor:
 
 def _check(self: Any, lhs: Any, rhs: Any, *arguments: Any, **named: Any) -> Any:
     """Two of one type are what they have to be; halves may be divided as float32."""
-    if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor) and lhs.type is rhs.type:
-        if lhs.dtype is tl.float32 or lhs.dtype.is_int():
-            return lhs, rhs
+    same = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor) and lhs.type is rhs.type
+    if same and (lhs.dtype is tl.float32 or lhs.dtype.is_int()):
+        return lhs, rhs
     if isinstance(lhs, tl.tensor) and _is_constant_of(lhs.type, rhs):
         return lhs, _constant(self, lhs.type, rhs)
     if isinstance(rhs, tl.tensor) and _is_constant_of(rhs.type, lhs):
@@ -169,11 +171,14 @@ def repair() -> None:
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.ScanOps.generic_scan = _scan
     interpreter._get_np_dtype = _numpy_type
-    interpreter.interpreter_builder.options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
     tl.block_type.__new__ = _block_type
     tl.block_type.__init__ = lambda self, element_ty, shape: None
-    tl.block_type.__eq__ = lambda self, other: self is other or (
-        isinstance(other, tl.block_type) and self.element_ty == other.element_ty and self.shape == other.shape
+    tl.block_type.__eq__ = lambda self, other: (
+        self is other
+        or (isinstance(other, tl.block_type) and self.element_ty == other.element_ty and self.shape == other.shape)
     )
     tl.dtype.__eq__ = lambda self, other: self is other or _equal_by_name(self, other)
     tl.tensor.__init__ = _make_tensor
