@@ -128,8 +128,8 @@ def _is_constant_of(type: Any, x: Any) -> bool:
     if not type.is_block():
         return False
     if type.element_ty is tl.float32:
-        return isinstance(x, (int, float)) and not isinstance(x, bool)
-    return isinstance(x, int) and type.element_ty in (tl.int32, tl.int64) and not isinstance(x, bool) and -(2**31) <= x < 2**31
+        return x.__class__ in (int, float)
+    return x.__class__ is int and type.element_ty in (tl.int32, tl.int64) and -(2**31) <= x < 2**31
 
 
 def _constant(self: Any, type: Any, x: Any) -> tl.tensor:
