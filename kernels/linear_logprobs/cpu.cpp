@@ -101,12 +101,12 @@ void pack_weights(const LinearArgs& a, int64_t column, int64_t count, E* out) {
     pack(a.weight, [&](int64_t r) { return column + i + r; }, std::min(MR, count - i), MR, a.width, out + i * units_of<E>(a.width));
 }
 
-// Ranges of the panels of a block, so that with `groups` of something else there is work for everybody.
+// Ranges of panels, no more than `most` each, so that with `groups` of something else there is work for everybody.
 struct Chunks {
   int64_t count, size, panels;
-  Chunks(int64_t panels_, int64_t groups, int workers) : panels(panels_) {
+  Chunks(int64_t panels_, int64_t groups, int workers, int64_t most = INT64_MAX) : panels(panels_) {
     const int64_t wanted = std::max<int64_t>(1, 4 * workers / std::max<int64_t>(groups, 1));
-    size = std::max<int64_t>(1, panels_of(panels, std::min(wanted, std::max<int64_t>(panels, 1))));
+    size = std::min(most, std::max<int64_t>(1, panels_of(panels, std::min(wanted, std::max<int64_t>(panels, 1)))));
     count = panels_of(panels, size);
   }
   int64_t first(int64_t i) const { return i * size; }
@@ -220,10 +220,11 @@ class BackwardBlock {
   Scratch<G> by_rows_;      // d logits as B, [panel of NR rows][unit of column][NR]: summed over columns into grad_hidden
   Scratch<G> by_columns_;   // d logits as A, [panel of MR columns][unit of row][MR]: summed over rows into grad_weight
   Scratch<G> hidden_;       // as B, [panel of NR of the width][unit of row][NR]
-  Scratch<T> grad_hidden_;  // (width, rows of the block)
+  Scratch<T> grad_hidden_;  // [panel of NR rows][width][NR]
   Scratch<E> weights_;      // a worker's group of panels of A
   Scratch<G> across_;       // a worker's group of panels of the strip's weights, transposed
-  static constexpr int64_t across_group = 4;
+  Scratch<T> tiles_;        // a worker's part of the weight's gradient
+  static constexpr int64_t weight_panels = 1024 / NR;  // of the width, in such a part
 
   int64_t padded() const { return block_.panels * NR; }
   int64_t row_units() const { return units_of<G>(block_.count); }
@@ -238,7 +239,8 @@ class BackwardBlock {
         panel_gradients_(block.panels, Uninitialized{}), by_rows_(wants_hidden() ? units_of<G>(segment) * padded() : 0, Uninitialized{}),
         by_columns_(wants_weight() ? segment * padded_units() : 0, Uninitialized{}),
         hidden_(b.grad_weight ? hidden_panels_ * NR * row_units() : 0, Uninitialized{}), grad_hidden_(wants_hidden() ? width_panels_ * MR * padded() : 0),
-        weights_(r_.threads * group_ * block.units, Uninitialized{}), across_(wants_hidden() ? r_.threads * across_group * MR * units_of<G>(segment) : 0, Uninitialized{}) {
+        weights_(r_.threads * group_ * block.units, Uninitialized{}), across_(wants_hidden() ? r_.threads * most_panels * MR * units_of<G>(segment) : 0, Uninitialized{}),
+        tiles_(b.grad_weight ? r_.threads * weight_panels * most_panels * MR * NR : 0, Uninitialized{}) {
     parallel_for(block.panels, r_.threads, [&](int64_t p, int) { panel_gradients_[p] = gradients_.of_panel(block.panel[p], block.lanes(p)); });
     if (b.grad_weight)
       parallel_for(hidden_panels_, r_.threads, [&](int64_t j, int) {
@@ -292,49 +294,54 @@ class BackwardBlock {
       keep_as_columns(tile + begin * NR, std::min(MR, columns - begin), by_columns_.get() + (at + begin) * padded_units() + units_of<G>(p * NR) * MR);
   }
 
+  // As many rows at a time as leave the group's panels of d logits in the second-level cache while those of the hidden states pass.
   void weight_gradients(int64_t strip, int64_t columns) {
-    constexpr int64_t at_once = 3;  // panels of d logits near while a panel of hidden states passes
-    parallel_for(panels_of(columns, at_once * MR), r_.threads, [&](int64_t task, int) {
-      alignas(64) T tiles[at_once][MR * NR];
-      const int64_t first = task * at_once, last = std::min(panels_of(columns, MR), first + at_once), step = 1024;
-      for (int64_t j = 0; j < (b_.grad_weight ? hidden_panels_ : 0); ++j) {
-        for (int64_t k = 0; k < row_units(); k += step)
-          for (int64_t i = first; i < last; ++i)
-            multiply_panels(by_columns_.get() + i * MR * padded_units() + k * MR, hidden_.get() + (j * row_units() + k) * NR,
-                            std::min(step, row_units() - k), tiles[i - first], k > 0);
-        for (int64_t i = first * MR; i < std::min(columns, last * MR); ++i)
-          write_values(b_.grad_weight, b_.grad_weight_dtype, (strip + i) * H_ + j * NR, tiles[i / MR - first] + i % MR * NR,
-                       std::min(NR, H_ - j * NR), add_);
+    const int64_t panels = panels_of(columns, MR), groups = panels_of(panels, most_panels);
+    const Chunks chunks(b_.grad_weight ? hidden_panels_ : 1, groups, r_.threads, weight_panels);
+    parallel_for(groups * chunks.count, r_.threads, [&](int64_t task, int worker) {
+      const int64_t group = task / chunks.count * most_panels, n = std::min(most_panels, panels - group);
+      const int64_t first = chunks.first(task % chunks.count), last = chunks.last(task % chunks.count);
+      const G* dx = by_columns_.get() + group * MR * padded_units();
+      const int64_t from = strip + group * MR, count = std::min(n * MR, columns - group * MR);
+      if (b_.grad_weight) {
+        T* tiles = tiles_.get() + worker * weight_panels * most_panels * MR * NR;
+        for (int64_t k = 0; k < row_units(); k += near_units)
+          for (int64_t j = first; j < last; ++j) {
+            const G* panel = hidden_.get() + (j * row_units() + k) * NR;
+            multiply_panels_by_one<T>(dx + k * MR, n, MR * padded_units(), panel, std::min(near_units, row_units() - k),
+                                      tiles + (j - first) * n * MR * NR, k > 0, j + 1 < last ? panel + row_units() * NR : nullptr);
+          }
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t j = first; j < last; ++j)
+            write_values(b_.grad_weight, b_.grad_weight_dtype, (from + i) * H_ + j * NR, tiles + ((j - first) * n * MR + i) * NR,
+                         std::min(NR, H_ - j * NR), add_);
       }
-      if (!b_.grad_bias) return;
-      for (int64_t i = first; i < last; ++i)
-        for (int64_t c = 0; c < std::min(MR, columns - i * MR); ++c) {
-          const double sum = column_sum(by_columns_.get() + i * MR * padded_units(), c, block_.count);
-          T& out = static_cast<T*>(b_.grad_bias)[strip + i * MR + c];
-          out = static_cast<T>(add_ ? out + sum : sum);
-        }
+      if (!b_.grad_bias || first > 0) return;
+      for (int64_t i = 0; i < count; ++i) {
+        const double sum = column_sum(dx + i / MR * MR * padded_units(), i % MR, block_.count);
+        T& out = static_cast<T*>(b_.grad_bias)[from + i];
+        out = static_cast<T>(add_ ? out + sum : sum);
+      }
     });
   }
 
   void hidden_gradients(int64_t strip, int64_t columns) {
-    const int64_t groups = panels_of(width_panels_, across_group);
+    const int64_t groups = panels_of(width_panels_, most_panels), units = units_of<G>(columns);
     const Chunks chunks(block_.panels, groups, r_.threads);
     parallel_for(groups * chunks.count, r_.threads, [&](int64_t task, int worker) {
-      const int64_t units = units_of<G>(columns);
-      G* packed = across_.get() + worker * across_group * MR * units_of<G>(segment);
-      const int64_t first = task / chunks.count * across_group, n = std::min(across_group, width_panels_ - first);
+      G* packed = across_.get() + worker * most_panels * MR * units_of<G>(segment);
+      const int64_t first = task / chunks.count * most_panels, n = std::min(most_panels, width_panels_ - first);
       for (int64_t i = 0; i < n; ++i)
         pack_across(a_.weight, [&](int64_t k) { return strip + k; }, (first + i) * MR, std::min(MR, H_ - (first + i) * MR), MR, columns,
                     packed + i * MR * units);
-      alignas(64) T tile[MR * NR];
-      for (int64_t p = chunks.first(task % chunks.count); p < chunks.last(task % chunks.count); ++p)
-        for (int64_t i = 0; i < n; ++i) {
-          multiply_panels(packed + i * MR * units, by_rows_.get() + units_of<G>(p * segment) * NR, units, tile, false);
-          for (int64_t h = 0; h < MR; ++h) {
-            T* out = grad_hidden_.get() + ((first + i) * MR + h) * padded() + p * NR;
-            for (int64_t j = 0; j < NR; ++j) out[j] += tile[h * NR + j];
-          }
-        }
+      alignas(64) T tiles[most_panels * MR * NR];
+      const int64_t last = chunks.last(task % chunks.count);
+      for (int64_t p = chunks.first(task % chunks.count); p < last; ++p) {
+        const G* dx = by_rows_.get() + units_of<G>(p * segment) * NR;
+        multiply_panels_by_one<T>(packed, n, MR * units, dx, units, tiles, false, p + 1 < last ? dx + units_of<G>(segment) * NR : nullptr);
+        T* out = grad_hidden_.get() + (p * width_panels_ + first) * MR * NR;
+        for (int64_t i = 0; i < n * MR * NR; ++i) out[i] += tiles[i];
+      }
     });
   }
 
@@ -345,7 +352,7 @@ class BackwardBlock {
       for (int64_t h = 0; h < H_; h += some)
         for (int64_t j = 0; j < block_.lanes(p); ++j) {
           const int64_t n = std::min(some, H_ - h);
-          for (int64_t i = 0; i < n; ++i) values[i] = grad_hidden_[(h + i) * padded() + p * NR + j];
+          for (int64_t i = 0; i < n; ++i) values[i] = grad_hidden_[(p * width_panels_ * MR + h + i) * NR + j];
           write_values(b_.grad_hidden, a_.hidden.dtype, block_.rows[p * NR + j] * H_ + h, values, n, false);
         }
     });

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import fastrlhf as f
 import pytest
 import torch
@@ -23,6 +26,11 @@ def tensors():
         "lp": r(B, T), "old": r(B, T), "ref": r(B, T), "values": r(B, T), "rewards": r(B, T), "mask": r(B, T) > -0.5,
         "scores": r(B), "others": r(B), "ids": torch.tensor([0, 0, 1]), "cu": torch.tensor([0, T - 1, T - 1, B * T]),
     }  # fmt: skip
+
+
+def test_importing_the_operations_does_not_import_the_compiler():
+    code = "import fastrlhf.ops, sys; print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
 
 
 CALLS = {

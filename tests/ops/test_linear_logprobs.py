@@ -25,14 +25,14 @@ def everything(hidden, weight, labels, backend=None, **options):
     return fastrlhf.linear_logprobs(hidden, weight, labels, entropy=True, lse=True, backend=backend, **options)
 
 
-def check(hidden, weight, bias, labels, backend, **options):
+def check(hidden, weight, bias, labels, backend, workspace_bytes=1 << 20, **options):
     """Forward and backward against the float64 oracle of the same rounded inputs, as close as plain float32."""
     wide_options = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
     leaves, outs = [], []
     for dtype, function in ((hidden.dtype, None), (torch.float64, wide_options), (torch.float32, options)):
         leaf = [None if t is None else t.detach().to(dtype).requires_grad_() for t in (hidden, weight, bias)]
         if function is None:
-            out = everything(leaf[0], leaf[1], labels, backend, bias=leaf[2], workspace_bytes=1 << 20, **options)
+            out = everything(leaf[0], leaf[1], labels, backend, bias=leaf[2], workspace_bytes=workspace_bytes, **options)
         else:
             out = reference.linear_logprobs(leaf[0], leaf[1], labels, bias=leaf[2], **function)
         leaves.append(leaf)
@@ -57,6 +57,12 @@ def test_against_the_oracle(backend, dtype, shape):
     hidden, weight, bias, labels = head(*shape, dtype)
     check(hidden, weight, bias, labels, backend)
     check(hidden, weight, None, labels, backend)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="tiles of the CPU's products")
+def test_more_rows_and_a_wider_head_than_a_product_takes_at_a_time(backend):
+    hidden, weight, bias, labels = head(1090, 30, 1101, torch.float32)
+    check(hidden, weight, bias, labels, backend, workspace_bytes=1 << 28)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.7}, {"softcap": 3.0}, {"temperature": 1.7, "softcap": 5.0}], ids=str)

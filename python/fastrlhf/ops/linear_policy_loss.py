@@ -135,14 +135,15 @@ def linear_policy_loss(
         indptr, indices, float(temperature), softcap or 0.0, ignore_index, start, total, workspace_bytes,
         weight_grad_dtype not in (torch.float32, torch.float64), workspace_dtype == torch.bfloat16,
     )  # fmt: skip
-    loss, values = _in_forward(
+    # not as a decorator: that imports torch._dynamo, two seconds of every program's start
+    in_forward = torch.compiler.disable(_in_forward) if torch.compiler.is_compiling() else _in_forward
+    loss, values = in_forward(
         hidden, weight, bias, call, (old_logprobs, advantages, mask, loss_options, over), parallel.group if parallel else None,
         backend,
     )  # fmt: skip
     return PolicyLoss(loss, LossStats(values, STATS))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _in_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, tokens: tuple[Any, ...], group: Any, backend: str
 ) -> Any:
