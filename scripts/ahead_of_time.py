@@ -129,6 +129,8 @@ def kl_full() -> None:
         backward(f.kl_full(x, y, direction=direction, mask=zeros(2, dtype=torch.bool)))
     for vocab in (200, 4096, 50257):
         backward(f.kl_full(leaf(2, vocab, dtype=torch.bfloat16), leaf(2, vocab, dtype=torch.bfloat16), direction="reverse"))
+    teacher, ids = zeros(2, 100, dtype=torch.bfloat16), zeros(2, 100, dtype=torch.int64)
+    backward(f.topk_distill_loss(leaf(2, 128256, dtype=torch.bfloat16), teacher, ids, zeros(2, dtype=torch.bool)).loss)
 
 
 def gae() -> None:

@@ -91,6 +91,28 @@ def regression_loss(predictions: Tensor, targets: Tensor, *, ignore_value: float
     return masked_mean((torch.where(counted, p, t) - t) ** 2, counted)
 
 
+def steerlm2_losses(
+    logprobs: Tensor, proposal_logprobs: Tensor, attribute_logprobs: Tensor, prior_logprobs: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each prompt: Σ (w - b) (-logprobs) over its responses, KL(w || b) and 1 / Σ w², with the constants
+    w = softmax(attribute + prior - proposal), b = softmax(logprobs - proposal). In double: they are sums over sequences."""
+    q, proposal = logprobs.double(), proposal_logprobs.detach().double()
+    there = torch.ones_like(q, dtype=torch.bool) if mask is None else mask != 0
+    some = there.any(-1, keepdim=True)
+
+    def log_weights(x: Tensor) -> Tensor:
+        return torch.log_softmax(torch.where(some, torch.where(there, x, -torch.inf), 0.0), -1)
+
+    with torch.no_grad():
+        log_w = log_weights(attribute_logprobs.double() + prior_logprobs.double() - proposal)
+        log_b = log_weights(q - proposal)
+        w, b = (torch.where(there, x.exp(), 0.0) for x in (log_w, log_b))
+        distance = torch.where(w > 0, w * (log_w - log_b), 0.0).sum(-1)
+        effective = torch.where(some.squeeze(-1), 1 / (w * w).sum(-1), 0.0)
+    losses = -((w - b) * torch.where(there, q, 0.0)).sum(-1)
+    return losses.to(compute_dtype(logprobs)), distance, effective
+
+
 def sequence_logprobs(
     logprobs: Tensor, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None, average: bool = False
 ) -> Tensor:

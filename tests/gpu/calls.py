@@ -247,6 +247,13 @@ CALLS: dict[str, Call] = {
     "regression_loss": Call(
         "regression_loss", lambda g: g.tokens("p", "t"), lambda t, b: f.regression_loss(t["p"], t["t"], backend=b), ("p",)
     ),
+    **{
+        f"topk_distill_loss_{direction}": Call(
+            "topk_distill_loss", lambda g: g.two(WIDE, torch.bfloat16),
+            lambda t, b, d=direction: f.topk_distill_loss(t["x"], *t["y"].topk(50), t["m"], direction=d, backend=b), ("x",),
+        )
+        for direction in ("forward", "reverse")
+    },
     "sequence_logprobs": Call(
         "sequence_logprobs", lambda g: g.tokens("lp"),
         lambda t, b: f.sequence_logprobs(t["lp"], t["mask"], average=True, backend=b), ("lp",), by_row=True,
@@ -280,7 +287,13 @@ FLAGSHIP_CALLS = (
     f"logprobs_{FLAGSHIP}", "logprobs_no_entropy", f"logits_policy_loss_{FLAGSHIP}", "gae_carry", "gae_packed",
     "experience_whitened", "policy_loss_ppo_token-mean", "value_loss", "kl_full_forward",
 )  # fmt: skip
-OVER_A_VOCABULARY = ("logprobs", "logits_policy_loss", "kl_full", "sample")  # a length changes nothing of them
+OVER_A_VOCABULARY = (
+    "logprobs",
+    "logits_policy_loss",
+    "kl_full",
+    "topk_distill_loss",
+    "sample",
+)  # a length changes nothing of them
 
 
 def names(backend: str) -> list[str]:

@@ -54,6 +54,8 @@ CALLS = {
     "preference_loss": (lambda t: f.preference_loss(t["scores"], t["others"], t["others"] * 0, t["others"] * 0, kind="ipo"), "scores"),
     "reward_loss": (lambda t: f.reward_loss(t["scores"], t["others"]), "scores"),
     "regression_loss": (lambda t: f.regression_loss(t["lp"], t["ref"]), "lp"),
+    "topk_distill_loss": (lambda t: f.topk_distill_loss(t["logits"], *t["ref_logits"].topk(5), t["mask"], direction="reverse"), "logits"),
+    "steerlm2_loss": (lambda t: f.steerlm2_loss(t["lp"], t["old"], t["ref"], t["values"], t["mask"]), "lp"),
     "sequence_logprobs": (lambda t: f.sequence_logprobs(t["lp"], t["mask"], average=True), "lp"),
     "sequence_logprobs_packed": (lambda t: f.sequence_logprobs(t["lp"].reshape(-1), cu_seqlens=t["cu"]), "lp"),
     "sample": (lambda t: f.sample(t["logits"], seed=3, top_p=0.9, kept=True), None),

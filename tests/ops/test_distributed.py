@@ -25,7 +25,7 @@ def _worker(rank: int, world: int, port: int, kernels: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
-        for check in (vocab_parallel, fused_head, unequal_shards, statistics, losses):
+        for check in (vocab_parallel, fused_head, unequal_shards, distillation, statistics, losses):
             torch.manual_seed(0)
             check(rank, world, kernels)
     finally:
@@ -159,6 +159,36 @@ def _shares_add_up(local: list[torch.Tensor], whole: list[torch.Tensor], mine: s
     dist.all_reduce(local[0].grad)
     for a, b in zip(local, (whole[0].grad, whole[1].grad[mine], whole[2].grad[mine]), strict=True):
         torch.testing.assert_close(a.grad, b, rtol=1e-4, atol=1e-6)
+
+
+def distillation(rank: int, world: int, kernels: str) -> None:
+    shard = VOCAB // world
+    mine = slice(rank * shard, (rank + 1) * shard)
+    logits, teacher = torch.randn(ROWS, VOCAB) * 2, torch.randn(ROWS, VOCAB)
+    logits[0] = -torch.inf
+    logits[0, :7] = 1.0
+    teacher, ids = teacher.topk(7)
+    ids[0] = torch.arange(7)
+    mask = torch.arange(ROWS) % 3 != 1
+    for backend in backends(kernels):
+        for direction in ("forward", "reverse"):
+            whole, part = logits.clone().requires_grad_(), logits[:, mine].clone().requires_grad_()
+            options = {"direction": direction, "temperature": 0.8, "backend": backend}
+            full = fastrlhf.topk_distill_loss(whole, teacher, ids, mask, **options)
+            full.loss.backward()
+            for parallel in (dist.group.WORLD, fastrlhf.VocabParallel(dist.group.WORLD, mine.start, mine.stop, VOCAB)):
+                part.grad = None
+                out = fastrlhf.topk_distill_loss(part, teacher, ids, mask, vocab_parallel=parallel, **options)
+                out.loss.backward()
+                for a, b in ((out.loss, full.loss), (out.losses, full.losses), (out.stats.values, full.stats.values)):
+                    assert torch.equal(a, b)
+                    same_on_all_ranks(a.detach())
+                assert torch.equal(part.grad, whole.grad[:, mine])
+    rows = slice(rank * (ROWS // world), (rank + 1) * (ROWS // world))
+    share = fastrlhf.topk_distill_loss(logits[rows], teacher[rows], ids[rows], mask[rows], group=dist.group.WORLD).loss
+    dist.all_reduce(share)
+    ran = slice(0, ROWS // world * world)
+    torch.testing.assert_close(share, fastrlhf.topk_distill_loss(logits[ran], teacher[ran], ids[ran], mask[ran]).loss)
 
 
 def statistics(rank: int, world: int, kernels: str) -> None:

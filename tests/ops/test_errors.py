@@ -16,6 +16,7 @@ half_meta = torch.empty(2, 3, device="meta")
 cu = torch.tensor([0, 2, 6])
 six = torch.randn(6)
 h23, w54, y23 = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4), torch.zeros(2, 3, dtype=torch.long)
+t35, t32, i32 = torch.randn(3, 5), torch.randn(3, 2), torch.tensor([[0, 1]] * 3)
 
 CASES = [
     # op, arguments, options, error, what the message must hold
@@ -107,6 +108,19 @@ CASES = [
     (f.reward_loss, (six, six), {"kind": "margin_bt"}, ValueError, "margin: kind 'margin_bt' needs one"),
     (f.reward_loss, (six, six, six), {}, ValueError, "margin: kind 'bt' has none"),
     (f.regression_loss, (x23, six), {}, ValueError, "targets"),
+    (f.topk_distill_loss, (t35, x23, y23), {}, ValueError, "teacher_logits: expected shape (3, K), got (2, 3)"),
+    (f.topk_distill_loss, (t35, t32, y23), {}, ValueError, "teacher_ids: expected the shape of teacher_logits, (3, 2), got (2, 3)"),
+    (f.topk_distill_loss, (t35, t32, i32 + 4), {}, IndexError, "teacher_ids: 5 at flat position 1 is outside [0, 5)"),
+    (f.topk_distill_loss, (t35, t32, i32.float()), {}, TypeError, "teacher_ids: expected one of"),
+    (f.topk_distill_loss, (t35, t32, None), {}, ValueError, "logits: expected shape (3, 2) without teacher_ids, got (3, 5)"),
+    (f.topk_distill_loss, (t35, t32, i32, t32), {}, ValueError, "mask: expected shape (3,), got (3, 2)"),
+    (f.topk_distill_loss, (t35, t32, i32), {"direction": "js"}, ValueError, "direction: expected one of"),
+    (f.topk_distill_loss, (t35, t32, i32), {"temperature": 0.0}, ValueError, "temperature"),
+    (f.topk_distill_loss, (t35, t32, i32), {"teacher_temperature": -1.0}, ValueError, "teacher_temperature: expected a finite number in (0"),
+    (f.topk_distill_loss, (t35, t32, i32), {"denominator": 0.0}, ValueError, "denominator"),
+    (f.steerlm2_loss, (six, six, six, six), {}, ValueError, "logprobs: expected shape (P, n)"),
+    (f.steerlm2_loss, (x23, x23, six, x23), {}, ValueError, "attribute_logprobs: expected the shape of logprobs, (2, 3), got (6)"),
+    (f.steerlm2_loss, (x23, x23, x23, x23, six), {}, ValueError, "mask: expected the shape"),
     (f.sequence_logprobs, (six,), {"cu_seqlens": torch.tensor([0, 7])}, ValueError, "cu_seqlens"),
     (f.sample, (logits,), {"temperature": -0.5}, ValueError, "temperature"),
     (f.sample, (logits,), {"top_p": 0.0}, ValueError, "top_p"),

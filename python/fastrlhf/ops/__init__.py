@@ -18,13 +18,15 @@ from .regression_loss import RegressionLoss, regression_loss
 from .sampling import Sample, sample
 from .sequence_logprobs import sequence_logprobs
 from .stats import LossStats
+from .steerlm2_loss import SteerLM2Loss, steerlm2_loss
+from .topk_distill_loss import DistillLoss, topk_distill_loss
 from .value_loss import ValueLoss, value_loss
 
 __all__ = [
-    "AdaptiveKL", "Experience", "FixedKL", "LogitsPolicyLoss", "LogprobDrift", "Logprobs", "LossStats", "PolicyLoss",
-    "PreferenceLoss", "RegressionLoss", "RolloutCorrection", "Sample", "Scores", "ValueLoss", "VocabParallel",
-    "discounted_returns", "experience", "gae", "group_advantages", "kl", "kl_full", "linear_logprobs", "linear_policy_loss",
-    "linear_scores", "logits_policy_loss", "logprob_drift", "logprobs", "masked_mean", "masked_var", "policy_loss",
-    "preference_loss", "regression_loss", "reward_loss", "sample", "sequence_logprobs", "shape_rewards", "value_loss",
-    "whiten",
+    "AdaptiveKL", "DistillLoss", "Experience", "FixedKL", "LogitsPolicyLoss", "LogprobDrift", "Logprobs", "LossStats",
+    "PolicyLoss", "PreferenceLoss", "RegressionLoss", "RolloutCorrection", "Sample", "Scores", "SteerLM2Loss", "ValueLoss",
+    "VocabParallel", "discounted_returns", "experience", "gae", "group_advantages", "kl", "kl_full", "linear_logprobs",
+    "linear_policy_loss", "linear_scores", "logits_policy_loss", "logprob_drift", "logprobs", "masked_mean", "masked_var",
+    "policy_loss", "preference_loss", "regression_loss", "reward_loss", "sample", "sequence_logprobs", "shape_rewards",
+    "steerlm2_loss", "topk_distill_loss", "value_loss", "whiten",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ CUDA = frozenset((
 ))  # fmt: skip
 TRITON = CUDA | {
     "kl", "kl_full", "group_advantages", "preference_loss", "reward_loss", "regression_loss", "sample", "paged_attention",
+    "topk_distill_loss",
 }  # fmt: skip
 DTYPES = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3,

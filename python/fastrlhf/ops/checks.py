@@ -72,13 +72,13 @@ def number(name: str, x: Any, *, low: float = -math.inf, high: float = math.inf,
         raise ValueError(f"{name}: expected a finite number in {bounds}, got {x}")
 
 
-def temperature(x: Any) -> None:
+def temperature(x: Any, name: str = "temperature") -> None:
     """Where the arithmetic of scaled differences holds."""
     if type(x) is float and 1e-20 <= x <= 1e20:
         return
-    number("temperature", x, low=0, open_low=True)
+    number(name, x, low=0, open_low=True)
     if not 1e-20 <= x <= 1e20:
-        raise ValueError(f"temperature: expected in [1e-20, 1e20], got {x}")
+        raise ValueError(f"{name}: expected in [1e-20, 1e20], got {x}")
 
 
 def positive_or_none(name: str, x: Any) -> None:

@@ -156,7 +156,7 @@ def softmax_options(
         checks.positive_or_none("softcap", softcap)
     if kept is not None:
         _check_kept(kept, name, t, lead, vocab)
-    return temperature, temperatures, None if vocab_parallel is None else _vocab_parallel(vocab_parallel, vocab)
+    return temperature, temperatures, None if vocab_parallel is None else vocab_parallel_columns(vocab_parallel, vocab)
 
 
 def kept_parts(kept: Kept | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -187,7 +187,7 @@ def _check_kept(kept: Any, name: str, t: Tensor, lead: torch.Size, vocab: int) -
         raise ValueError(f"kept indptr: expected {rows + 1} entries for {rows} rows, got {kept[0].shape[0]}")
 
 
-def _vocab_parallel(given: Any, columns: int) -> VocabParallel:
+def vocab_parallel_columns(given: Any, columns: int) -> VocabParallel:
     if isinstance(given, VocabParallel):
         if given.vocab_end - given.vocab_start != columns or not 0 <= given.vocab_start <= given.vocab_end <= given.vocab_size:
             raise ValueError(f"vocab_parallel: {given[1:]} does not fit {columns} columns")

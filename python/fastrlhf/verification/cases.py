@@ -267,6 +267,11 @@ def vocabulary_cases(make: _Maker) -> Iterator[Case]:
             "kl_full", f"{direction}, {B * T} x {vocab}", _given(pair),
             partial(_kl_full, direction), ("logits", "ref"),
         )  # fmt: skip
+    for direction in ("forward", "reverse"):
+        yield Case(
+            "topk_distill_loss", f"{direction}, {min(20, vocab)} of {vocab}", _given(pair),
+            partial(_topk_distill_loss, direction), ("logits",),
+        )  # fmt: skip
     old = -make.normal(B, T, seed=51).abs()
     policy = {
         "logits": logits, "labels": make.labels(B * T, vocab).view(B, T), "old": old, "advantages": make.normal(B, T, seed=52),
@@ -338,6 +343,11 @@ def _kl(kind: str, clamp: float | None, t: Tensors, backend: Any) -> Tensor:
 
 def _kl_full(direction: str, t: Tensors, backend: Any) -> Tensor:
     return ops.kl_full(t["logits"], t["ref"], direction=direction, backend=backend)
+
+
+def _topk_distill_loss(direction: str, t: Tensors, backend: Any) -> Tensor:
+    teacher, ids = t["ref"].topk(min(20, t["ref"].shape[-1]))
+    return ops.topk_distill_loss(t["logits"], teacher, ids, direction=direction, backend=backend).losses
 
 
 def _policy_loss(kind: str, options: dict[str, Any], t: Tensors, backend: Any) -> Tensor:
