@@ -132,10 +132,9 @@ def markdown(path: Path) -> str:
         error = f"{r['max_error']:.0e}" if "max_error" in r else ""
         times = f"{r['slower_than_ours']:.2f}"
         lines.append(f"| {r['op']} | {r['case']} | {name} | {seconds(r['median_s'])} | {times} | {floor} | {error} |")
-    lines += ["", "| op | median | p20 |", "|---|---|---|"]
-    for r in rows:
-        if r["op"] == "call":
-            lines.append(f"| {r['case']} | {seconds(r['median_s'])} | {seconds(r['p20_s'])} |")
+    calls = [f"| {r['case']} | {seconds(r['median_s'])} | {seconds(r['p20_s'])} |" for r in rows if r["op"] == "call"]
+    if calls:
+        lines += ["", "| op | median | p20 |", "|---|---|---|", *calls]
     return "\n".join(lines)
 
 

@@ -26,10 +26,10 @@ template <class T>
 struct Exponent {
   T c, k, max;
   double reference;
-  bool fused;  // false: x c - k would round twice or leave the float range, so the difference is taken first
+  bool fused;  // false: x c - k would round twice, or a rounding of k be so large that 2^(x c - k) is no float: the difference first
 
   Exponent(T max_, double scale) : c(static_cast<T>(scale * log2e)), k(max_ * c), max(max_) {
-    fused = VectorOf<T>::type::fuses && std::abs(k) < T(1e30);
+    fused = VectorOf<T>::type::fuses && std::abs(k) < T(1 << 22);
     reference = fused ? static_cast<double>(k) / c : static_cast<double>(max);
   }
   template <bool Fused, class V>

@@ -109,7 +109,7 @@ def steerlm2_losses(
         w, b = (torch.where(there, x.exp(), 0.0) for x in (log_w, log_b))
         distance = torch.where(w > 0, w * (log_w - log_b), 0.0).sum(-1)
         effective = torch.where(some.squeeze(-1), 1 / (w * w).sum(-1), 0.0)
-    losses = -((w - b) * torch.where(there, q, 0.0)).sum(-1)
+    losses = -torch.where(w != b, (w - b) * q, 0.0).sum(-1)  # 0 where neither wants a response, be it impossible
     return losses.to(compute_dtype(logprobs)), distance, effective
 
 

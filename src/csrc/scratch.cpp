@@ -6,7 +6,7 @@
 
 namespace fastrlhf {
 
-// Room that is walked across, a page a step, misses in the second TLB of 2048 pages from here on.
+// Room that is walked across, a page a step, has misses in a TLB of 2048 pages of 4 KB when it and another like it are this large.
 constexpr int64_t huge = 4 << 20;
 
 void* scratch_allocate(int64_t bytes, bool zeroed, void* near) {

@@ -60,6 +60,11 @@ class Maker:
             "m": self.row_mask(),
         }
 
+    def teacher(self, vocab: int, k: int) -> Inputs:
+        given = self.two(vocab, torch.bfloat16)
+        values, ids = given["y"].topk(k)
+        return given | {"y": values, "ids": ids}
+
     def row_mask(self) -> Tensor:
         return torch.arange(self.rows, device=self.device) != 2
 
@@ -249,8 +254,8 @@ CALLS: dict[str, Call] = {
     ),
     **{
         f"topk_distill_loss_{direction}": Call(
-            "topk_distill_loss", lambda g: g.two(WIDE, torch.bfloat16),
-            lambda t, b, d=direction: f.topk_distill_loss(t["x"], *t["y"].topk(50), t["m"], direction=d, backend=b), ("x",),
+            "topk_distill_loss", lambda g: g.teacher(WIDE, 50),
+            lambda t, b, d=direction: f.topk_distill_loss(t["x"], t["y"], t["ids"], t["m"], direction=d, backend=b), ("x",),
         )
         for direction in ("forward", "reverse")
     },

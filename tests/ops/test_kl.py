@@ -107,6 +107,16 @@ def test_full_with_excluded_tokens(backend, direction):
     assert one == torch.inf if direction == "reverse" else one.isfinite()
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_full_at_tiny_and_huge_temperatures(backend, direction):
+    """The range that is documented."""
+    x, y = torch.randn(3, 300), torch.randn(3, 300)
+    for temperature in (1e-3, 1e-7, 1e-10, 1e-20, 1e20):
+        out = fastrlhf.kl_full(x, y, direction=direction, temperature=temperature, backend=backend)
+        oracle = reference.kl_full(x.double(), y.double(), direction=direction, temperature=temperature)
+        torch.testing.assert_close(out.double(), oracle, rtol=1e-5, atol=1e-6)
+
+
 def test_full_skips_masked_rows(backend):
     x, y = torch.randn(4, 300), torch.randn(4, 300)
     x[1] = torch.nan

@@ -73,13 +73,29 @@ def test_missing_responses_may_hold_anything():
     assert all(map(torch.isfinite, out.stats.values))
 
 
+def test_a_response_that_is_impossible_for_both_is_nothing():
+    q, proposal, attribute, prior = (
+        torch.tensor([[-5.0, -torch.inf]]),
+        torch.zeros(1, 2),
+        torch.tensor([[0.0, -torch.inf]]),
+        torch.zeros(1, 2),
+    )
+    out = fastrlhf.steerlm2_loss(q.requires_grad_(), proposal, attribute, prior)
+    out.loss.backward()
+    assert out.loss == 0 and not q.grad.any() and out.stats.to_dict() == {"distance": 0, "effective_responses": 1}
+
+
 def test_microbatches_add_up_to_the_batch():
     inputs = case()
     whole = fastrlhf.steerlm2_loss(*inputs).loss
-    for denominator in (float(P), torch.tensor(float(P))):
+    for denominator in (float(P), torch.tensor([float(P)], dtype=torch.float64)):
         parts = [
             fastrlhf.steerlm2_loss(*(t[rows] for t in inputs), denominator=denominator).loss
             for rows in (slice(0, 2), slice(2, P))
         ]
         torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-6)
+    q = inputs[0].clone().requires_grad_()
+    nothing = fastrlhf.steerlm2_loss(q, *inputs[1:], denominator=torch.tensor(0.0)).loss
+    nothing.backward()
+    assert nothing == 0 and not q.grad.any()
     assert fastrlhf.steerlm2_loss(*(t[:0] for t in inputs)).loss == 0

@@ -55,7 +55,7 @@ def linear_logprobs(
         vocab_parallel: weight (and bias) are this rank's rows of the whole: as for `logprobs`. One all-gather of 16 bytes a row
             forward, nothing backward: the gradient of hidden is this rank's share, to be summed over the group where hidden was
             copied to it, as for any column-parallel layer.
-        workspace_bytes: for packed operands and tiles; more only where one panel needs it.
+        workspace_bytes: for packed operands and tiles; more only where one panel needs it, and some 1 MB a thread on the CPU.
         weight_grad_dtype: what the weight's gradient is summed in, where it is summed in parts; it arrives in weight's dtype.
             In float32 the sum takes 4 V H bytes beside the result, bfloat16 takes none.
         workspace_dtype: what the logits' gradient is rounded to before it is multiplied. bfloat16, with bfloat16 inputs, takes

@@ -53,6 +53,16 @@ def read_denominator(given: Tensor) -> float:
     return value
 
 
+def divided(total: Tensor, over: float | Tensor) -> Tensor:
+    """A sum over a denominator of `global_denominator`; 0, and no gradient, where that is 0."""
+    if isinstance(over, Tensor) and over.is_cpu and not torch.compiler.is_compiling():
+        over = read_denominator(over)
+    if isinstance(over, Tensor):
+        over = over.reshape(()).to(total.dtype)
+        return total * torch.where(over != 0, 1 / torch.where(over != 0, over, 1.0), 0.0)
+    return total / over if over else total * 0.0
+
+
 def device_denominator(given: Tensor | None) -> Tensor | None:
     """For a GPU kernel: a tensor stays on the device."""
     return None if given is None else given.reshape(1).to(torch.float64)

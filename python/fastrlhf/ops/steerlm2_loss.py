@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.preference_loss import reference
 from . import checks
-from .preference_loss import pairs_divisor
+from .reduction import divided, global_denominator
 from .stats import LossStats
 
 _STATS = ("distance", "effective_responses")
@@ -69,12 +69,10 @@ def steerlm2_loss(
     checks.like("prior_logprobs", prior_logprobs, "logprobs", logprobs)
     if mask is not None:
         checks.like("mask", mask, "logprobs", logprobs, checks.MASKS)
-    over = pairs_divisor(denominator, logprobs.shape[0])
+    over = global_denominator(denominator, logprobs, None, None, "token-sum", None)
     inputs = (logprobs, proposal_logprobs, attribute_logprobs, prior_logprobs)
     losses, distance, effective = reference.steerlm2_losses(*inputs, mask)
-    loss = losses.sum() / over
-    if isinstance(over, Tensor):
-        loss = torch.where(over != 0, loss, torch.zeros_like(loss)).reshape(())
+    loss = divided(losses.sum(), max(logprobs.shape[0], 1) if over is None else over)
     prompts = max(logprobs.shape[0], 1) if mask is None else (mask != 0).any(-1).sum().clamp(min=1)
     values = torch.stack([distance.sum(), effective.sum()]) / prompts
     return SteerLM2Loss(loss, losses, LossStats(values.float(), _STATS))

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from ..kernels.kl import reference
 from ..kernels.masked_stats import reference as statistics
-from . import backend as backends
-from . import checks
+from . import checks, value_checks
 from .backend import choose, flat, result_dtype
 from .distributed import all_reduce_sum
 from .kl import kl_full
 from .logprobs import VocabParallel, vocab_parallel_columns
 from .masked_stats import masked_mean, row_sums
-from .reduction import global_denominator
+from .reduction import divided, global_denominator
 from .stats import LossStats
 
 _STATS = ("kl", "agreement", "tokens")
@@ -55,17 +54,18 @@ def topk_distill_loss(
     and `loss` their mean over the tokens that count. K of a row's V logits are read. What is multiplied with the square of the
     temperature elsewhere is not here.
 
-    Straight from hidden states, with no logit made but the K of each row (CPU; on a GPU tiles of logits)::
+    Straight from hidden states, with no logit made but the K of each row (CPU; on a GPU tiles of logits); every id must be a
+    column there, those of masked rows too::
 
-        indptr = torch.arange(0, ids.numel() + 1, ids.shape[-1])
+        indptr = torch.arange(0, ids.numel() + 1, ids.shape[-1], device=ids.device)
         x = fastrlhf.linear_logprobs(hidden, weight, ids, kept=(indptr, ids.flatten())).logprobs
         fastrlhf.topk_distill_loss(x, teacher_logits, None)
 
     Args:
         logits: (..., V), or with vocab_parallel this rank's columns, or with teacher_ids None (..., K), the student's logits or
             log-probs at the teacher's ids; floating, last stride 1.
-        teacher_logits: (..., K), floating, last stride 1; logits or log-probs. An entry of -inf is not there; a row that counts
-            needs one that is. No gradient.
+        teacher_logits: (..., K), floating, last stride 1; logits or log-probs. An entry of -inf is not there,
+            whatever its id; a row that counts needs one that is. No gradient.
         teacher_ids: (..., K), int32 or int64, their columns of the whole vocabulary, each once in a row.
         mask: (...), bool or weights; rows of weight 0 give 0 and no gradient, and may hold anything. None counts all.
         direction: "forward", or "reverse", also called "backward".
@@ -92,6 +92,13 @@ def topk_distill_loss(
     if teacher_logits.shape[:-1] != lead:
         raise ValueError(f"teacher_logits: expected shape ({_dims(lead)}K), got {checks.shape_of(teacher_logits)}")
     checks.same_device("teacher_logits", teacher_logits, "logits", logits)
+    parallel = None if vocab_parallel is None else vocab_parallel_columns(vocab_parallel, logits.shape[-1])
+    if teacher_ids is not None:
+        checks.like("teacher_ids", teacher_ids, "teacher_logits", teacher_logits, (torch.int32, torch.int64))
+    elif parallel:
+        raise ValueError("teacher_ids: None, where logits hold the student's K already, goes without vocab_parallel")
+    elif logits.shape[-1] != k:
+        raise ValueError(f"logits: expected shape ({_dims(lead)}{k}) without teacher_ids, got {checks.shape_of(logits)}")
     if mask is not None:
         checks.tensor("mask", mask, checks.MASKS)
         if mask.shape != lead:
@@ -103,37 +110,29 @@ def topk_distill_loss(
     if teacher_temperature is None:
         teacher_temperature = temperature
     checks.temperature(teacher_temperature, "teacher_temperature")
+    over = global_denominator(denominator, teacher_logits[..., 0], mask, None, "token-mean", group)
     backend = choose("topk_distill_loss", logits, backend)
     dtype = result_dtype(logits)
     counted = None if mask is None else mask != 0
 
-    parallel = None if vocab_parallel is None else vocab_parallel_columns(vocab_parallel, logits.shape[-1])
+    there = teacher_logits.detach() != -torch.inf
     if teacher_ids is None:
-        if parallel:
-            raise ValueError("teacher_ids: None, where logits hold the student's K already, goes without vocab_parallel")
-        if logits.shape[-1] != k:
-            raise ValueError(f"logits: expected shape ({_dims(lead)}{k}) without teacher_ids, got {checks.shape_of(logits)}")
         x = logits.to(dtype)
     else:
-        checks.like("teacher_ids", teacher_ids, "teacher_logits", teacher_logits, (torch.int32, torch.int64))
-        ids = teacher_ids.long() if counted is None else torch.where(counted.unsqueeze(-1), teacher_ids.long(), 0)
-        if (ids.is_cpu or backends.CHECK) and not torch.compiler.is_compiling():
-            _check_ids(ids, parallel.vocab_size if parallel else logits.shape[-1])
+        ids = torch.where(there if counted is None else there & counted.unsqueeze(-1), teacher_ids.long(), 0)
+        if backend in ("cpu", "reference") or value_checks.wanted(backend):
+            value_checks.ids("teacher_ids", ids, parallel.vocab_size if parallel else logits.shape[-1])
         x = _columns(logits, ids, parallel, dtype)
     with torch.no_grad():
         t = teacher_logits.to(dtype)
-        there = t != -torch.inf
         if teacher_temperature != temperature:  # `kl_full` has one: differences are scaled, so that an offset costs nothing
             t = (t - t.amax(-1, keepdim=True)) * (temperature / teacher_temperature)
     x = torch.where(there, x, -torch.inf)
     losses = kl_full(x, t, direction=direction, temperature=temperature, mask=counted, backend=backend)
-
-    over = global_denominator(denominator, losses, mask, None, "token-mean", group)
     if over is None:
         loss = masked_mean(losses, mask, backend=backend)
     else:
-        total = _sum(losses, mask, backend)
-        loss = total / over if not isinstance(over, Tensor) else torch.where(over != 0, total / over.to(dtype), 0.0)
+        loss = divided(_sum(losses, mask, backend), over)
     with torch.no_grad():
         same = (x.argmax(-1) == t.argmax(-1)).to(dtype)
         n = losses.new_full((), losses.numel()) if counted is None else counted.sum().to(dtype)
@@ -143,15 +142,6 @@ def topk_distill_loss(
 
 def _dims(lead: torch.Size) -> str:
     return "".join(f"{n}, " for n in lead)
-
-
-def _check_ids(ids: Tensor, total: int) -> None:
-    if ids.numel() == 0:
-        return
-    low, high = torch.aminmax(ids)
-    if low < 0 or high >= total:
-        i = int(((ids < 0) | (ids >= total)).reshape(-1).nonzero()[0, 0])
-        raise IndexError(f"teacher_ids: {ids.reshape(-1)[i].item()} at flat position {i} is outside [0, {total})")
 
 
 def _columns(logits: Tensor, ids: Tensor, parallel: VocabParallel | None, dtype: torch.dtype) -> Tensor:

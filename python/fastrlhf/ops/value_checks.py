@@ -25,6 +25,16 @@ def labels(t: Tensor, total: int, ignore_index: int) -> None:
         )
 
 
+def ids(name: str, t: Tensor, total: int) -> None:
+    """Every one in [0, total)."""
+    if torch.compiler.is_compiling() or t.numel() == 0:
+        return
+    low, high = torch.aminmax(t)
+    if low < 0 or high >= total:
+        i = int(((t < 0) | (t >= total)).reshape(-1).nonzero()[0, 0])
+        raise IndexError(f"{name}: {t.reshape(-1)[i].item()} at flat position {i} is outside [0, {total})")
+
+
 def temperatures(t: Tensor | None) -> None:
     if t is not None and not bool(((t >= 1e-20) & (t <= 1e20)).all()):
         raise ValueError("temperature: every value must lie in [1e-20, 1e20]")
