@@ -6,13 +6,9 @@
 
 namespace fastrlhf {
 
-// Room that is walked across, a page a step, has misses in a TLB of 2048 pages of 4 KB when it and another like it are this large.
-constexpr int64_t huge = 4 << 20;
-
 void* scratch_allocate(int64_t bytes, bool zeroed, void* near) {
   void* p = bytes <= scratch_near ? near : std::aligned_alloc(64, (static_cast<size_t>(bytes) + 63) / 64 * 64);
   if (!p) throw std::bad_alloc();
-  if (bytes >= huge) prefer_huge_pages(p, bytes);
   if (zeroed && bytes > 0) std::memset(p, 0, static_cast<size_t>(bytes));
   return p;
 }
