@@ -105,6 +105,7 @@ CASES = [
     (f.preference_loss, (six, six, six, six), {"kind": "rpo_sq"}, ValueError, "chosen_rewards"),
     (f.preference_loss, (six, six, six, six), {"kind": "dpo", "beta": 0.0}, ValueError, "beta"),
     (f.preference_loss, (six, six, six, six), {"kind": "robust", "label_smoothing": 0.5}, ValueError, "label_smoothing"),
+    (f.reward_loss, (six, six), {"denominator": torch.ones(3)}, ValueError, "denominator: expected one number, got shape (3)"),
     (f.reward_loss, (six, six), {"kind": "margin_bt"}, ValueError, "margin: kind 'margin_bt' needs one"),
     (f.reward_loss, (six, six, six), {}, ValueError, "margin: kind 'bt' has none"),
     (f.regression_loss, (x23, six), {}, ValueError, "targets"),

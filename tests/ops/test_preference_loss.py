@@ -105,6 +105,20 @@ def test_statistics_denominator_and_sft_term(backend):
     torch.testing.assert_close(sum(parts), whole)
 
 
+@pytest.mark.parametrize("op", ["preference_loss", "reward_loss"])
+def test_denominators_in_a_tensor(backend, op):
+    """Of any shape with one element; 0 where it is 0, as a rank without pairs may have it."""
+    pairs = [torch.randn(5) for _ in range(4)]
+    rest, options = ((), {}) if op == "reward_loss" else (pairs[2:], {"kind": "dpo", "sft_coef": 0.5})
+    mean = getattr(fastrlhf, op)(*pairs[:2], *rest, backend=backend, **options).loss
+    for denominator, expected in ((torch.tensor([10.0]), mean / 2), (torch.tensor(0.0), torch.zeros(()))):
+        c, r = (t.clone().requires_grad_() for t in pairs[:2])
+        loss = getattr(fastrlhf, op)(c, r, *rest, denominator=denominator, backend=backend, **options).loss
+        torch.testing.assert_close(loss.detach(), expected)
+        loss.backward()
+        assert c.grad.isfinite().all() and c.grad.any() == r.grad.any() == bool(denominator != 0)
+
+
 def test_extreme_margins_are_finite(backend):
     c = torch.tensor([1e4, -1e4]).requires_grad_()
     out = fastrlhf.preference_loss(c, -c.detach(), torch.zeros(2), torch.zeros(2), kind="dpo", beta=1.0, backend=backend)

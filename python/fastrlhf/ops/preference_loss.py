@@ -22,7 +22,7 @@ from .backend import (
     triton_kernels,
 )
 from .library import Op, present
-from .reduction import read_denominator, triton_denominator
+from .reduction import divided, given_denominator, read_denominator, triton_denominator
 from .stats import LossStats
 
 _NAMES = {"cdpo": "dpo", "spin": "dpo"}
@@ -150,10 +150,10 @@ def preference_loss(
             margin=margin, kl_baseline=kl_baseline, desirable_weight=desirable_weight,
             undesirable_weight=undesirable_weight, **constants,
         )  # fmt: skip
-        over = pairs_divisor(denominator, pairs)
-        loss, nll = losses.sum() / over, torch.zeros_like(losses.sum())
+        over = given_denominator(denominator, chosen, max(pairs, 1))
+        loss, nll = divided(losses.sum(), over), torch.zeros_like(losses.sum())
         if sft_coef:
-            nll = -(chosen.to(losses.dtype) / (1 if chosen_lengths is None else chosen_lengths)).sum() / over
+            nll = divided(-(chosen.to(losses.dtype) / (1 if chosen_lengths is None else chosen_lengths)).sum(), over)
             loss = loss + sft_coef * nll
         c, r = chosen.detach().to(losses.dtype), rejected.detach().to(losses.dtype)
         if ref_chosen is not None and ref_rejected is not None:
@@ -183,11 +183,8 @@ def _run(
     rejected_rewards: Tensor | None, chosen_lengths: Tensor | None, baseline: Tensor | None, denominator: Any, kind: int,
     numbers: list[float], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    given = denominator.detach() if isinstance(denominator, Tensor) else None
-    number = math.nan
-    if denominator is not None and given is None:
-        checks.number("denominator", denominator, low=0, open_low=True)
-        number = float(denominator)
+    over = given_denominator(denominator, chosen, math.nan)  # NaN: the number of pairs
+    given, number = (over, math.nan) if isinstance(over, Tensor) else (None, over)
     grad = torch.is_grad_enabled() and (chosen.requires_grad or rejected.requires_grad)
     loss, losses, stats, *_ = _preference_loss(
         chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, chosen_lengths, baseline, given, kind,
@@ -196,16 +193,6 @@ def _run(
     if chosen.shape[0] == 0:  # an absent result and an empty one look alike
         losses = chosen.to(loss.dtype)
     return loss, losses, stats.detach() if stats.requires_grad else stats
-
-
-def pairs_divisor(denominator: Any, pairs: int) -> float | Tensor:
-    """What a mean over pairs divides by."""
-    if denominator is None:
-        return float(max(pairs, 1))
-    if isinstance(denominator, Tensor):
-        return denominator.detach()
-    checks.number("denominator", denominator, low=0, open_low=True)
-    return float(denominator)
 
 
 def _forward(
@@ -312,7 +299,7 @@ def reward_loss(
     backend = choose("reward_loss", chosen, backend)
     if backend == "reference":
         losses = reference.reward_losses(chosen, rejected, None if margin is None else margin.detach(), kind=kind)
-        loss = losses.sum() / pairs_divisor(denominator, chosen.shape[0])
+        loss = divided(losses.sum(), given_denominator(denominator, chosen, max(chosen.shape[0], 1)))
         c, r = chosen.detach().to(losses.dtype), rejected.detach().to(losses.dtype)
         return PreferenceLoss(loss, losses, LossStats(_pair_statistics(c, r, 1.0).float(), _REWARD_STATS))
     code = len(reference.KINDS) + reference.REWARD_KINDS.index(kind)

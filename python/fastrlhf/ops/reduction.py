@@ -14,10 +14,8 @@ from .distributed import all_reduce_sum
 from .library import Op
 
 
-def global_denominator(
-    denominator: Any, like: Tensor, mask: Tensor | None, cu: Tensor | None, reduction: str, group: Any
-) -> float | Tensor | None:
-    """The divisor of a reduction: the given one, or the count over a group; None for the local count."""
+def given_denominator(denominator: Any, like: Tensor, default: float) -> float | Tensor:
+    """The given divisor, checked, or a default where it is None."""
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(f"denominator: expected one number, got shape {checks.shape_of(denominator)}")
@@ -26,6 +24,15 @@ def global_denominator(
     if denominator is not None:
         checks.number("denominator", denominator, low=0, open_low=True)
         return float(denominator)
+    return default
+
+
+def global_denominator(
+    denominator: Any, like: Tensor, mask: Tensor | None, cu: Tensor | None, reduction: str, group: Any
+) -> float | Tensor | None:
+    """The divisor of a reduction: the given one, or the count over a group; None for the local count."""
+    if denominator is not None:
+        return given_denominator(denominator, like, math.nan)
     if group is None or reduction == "token-sum":
         return None
     weights = torch.ones_like(like, dtype=torch.float64) if mask is None else mask.double()
@@ -54,7 +61,7 @@ def read_denominator(given: Tensor) -> float:
 
 
 def divided(total: Tensor, over: float | Tensor) -> Tensor:
-    """A sum over a denominator of `global_denominator`; 0, and no gradient, where that is 0."""
+    """A sum over its denominator; 0, and no gradient, where that is 0."""
     if isinstance(over, Tensor) and over.is_cpu and not torch.compiler.is_compiling():
         over = read_denominator(over)
     if isinstance(over, Tensor):

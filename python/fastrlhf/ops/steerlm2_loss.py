@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.preference_loss import reference
 from . import checks
-from .reduction import divided, global_denominator
+from .reduction import divided, given_denominator
 from .stats import LossStats
 
 _STATS = ("distance", "effective_responses")
@@ -69,10 +69,10 @@ def steerlm2_loss(
     checks.like("prior_logprobs", prior_logprobs, "logprobs", logprobs)
     if mask is not None:
         checks.like("mask", mask, "logprobs", logprobs, checks.MASKS)
-    over = global_denominator(denominator, logprobs, None, None, "token-sum", None)
+    over = given_denominator(denominator, logprobs, max(logprobs.shape[0], 1))
     inputs = (logprobs, proposal_logprobs, attribute_logprobs, prior_logprobs)
     losses, distance, effective = reference.steerlm2_losses(*inputs, mask)
-    loss = divided(losses.sum(), max(logprobs.shape[0], 1) if over is None else over)
+    loss = divided(losses.sum(), over)
     prompts = max(logprobs.shape[0], 1) if mask is None else (mask != 0).any(-1).sum().clamp(min=1)
     values = torch.stack([distance.sum(), effective.sum()]) / prompts
     return SteerLM2Loss(loss, losses, LossStats(values.float(), _STATS))

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.kl import reference
-from ..kernels.masked_stats import reference as statistics
 from . import checks, value_checks
 from .backend import choose, flat, result_dtype
 from .distributed import all_reduce_sum
 from .kl import kl_full
 from .logprobs import VocabParallel, vocab_parallel_columns
-from .masked_stats import masked_mean, row_sums
+from .masked_stats import masked_mean
 from .reduction import divided, global_denominator
+from .sequence_logprobs import sequence_logprobs
 from .stats import LossStats
 
 _STATS = ("kl", "agreement", "tokens")
@@ -115,7 +115,7 @@ def topk_distill_loss(
     dtype = result_dtype(logits)
     counted = None if mask is None else mask != 0
 
-    there = teacher_logits.detach() != -torch.inf
+    there = teacher_logits != -torch.inf
     if teacher_ids is None:
         x = logits.to(dtype)
     else:
@@ -132,7 +132,8 @@ def topk_distill_loss(
     if over is None:
         loss = masked_mean(losses, mask, backend=backend)
     else:
-        loss = divided(_sum(losses, mask, backend), over)
+        (total,) = sequence_logprobs(flat(losses), None if mask is None else flat(mask), backend=backend)
+        loss = divided(total, over)
     with torch.no_grad():
         same = (x.argmax(-1) == t.argmax(-1)).to(dtype)
         n = losses.new_full((), losses.numel()) if counted is None else counted.sum().to(dtype)
@@ -153,11 +154,3 @@ def _columns(logits: Tensor, ids: Tensor, parallel: VocabParallel | None, dtype:
     x = logits.gather(-1, torch.where(mine, local, 0)).to(dtype)
     everywhere = all_reduce_sum(torch.where(mine, x.detach(), 0.0), parallel.group)
     return torch.where(mine, x, everywhere)
-
-
-def _sum(losses: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-    if backend == "reference":
-        values, weights = statistics.weighted(losses, mask)
-        return (values * weights).sum()
-    total: Tensor = row_sums(flat(losses), None if mask is None else flat(mask), False, backend=backend)[0]
-    return total
