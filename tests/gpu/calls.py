@@ -292,13 +292,8 @@ FLAGSHIP_CALLS = (
     f"logprobs_{FLAGSHIP}", "logprobs_no_entropy", f"logits_policy_loss_{FLAGSHIP}", "gae_carry", "gae_packed",
     "experience_whitened", "policy_loss_ppo_token-mean", "value_loss", "kl_full_forward",
 )  # fmt: skip
-OVER_A_VOCABULARY = (
-    "logprobs",
-    "logits_policy_loss",
-    "kl_full",
-    "topk_distill_loss",
-    "sample",
-)  # a length changes nothing of them
+# a length changes nothing of these
+OVER_A_VOCABULARY = ("logprobs", "logits_policy_loss", "kl_full", "topk_distill_loss", "sample")
 
 
 def names(backend: str) -> list[str]:

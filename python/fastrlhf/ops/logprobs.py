@@ -188,6 +188,7 @@ def _check_kept(kept: Any, name: str, t: Tensor, lead: torch.Size, vocab: int) -
 
 
 def vocab_parallel_columns(given: Any, columns: int) -> VocabParallel:
+    """Which columns of the vocabulary a tensor with so many holds: as given, or an equal share of the group's."""
     if isinstance(given, VocabParallel):
         if given.vocab_end - given.vocab_start != columns or not 0 <= given.vocab_start <= given.vocab_end <= given.vocab_size:
             raise ValueError(f"vocab_parallel: {given[1:]} does not fit {columns} columns")

@@ -17,22 +17,19 @@ def wanted(backend: str) -> bool:
 def labels(t: Tensor, total: int, ignore_index: int) -> None:
     """Every label in [0, total), or ignore_index."""
     outside = (t != ignore_index) & ((t < 0) | (t >= total))
-    if bool(outside.any()):
-        i = int(outside.reshape(-1).nonzero()[0, 0])
-        raise IndexError(
-            f"labels: {t.reshape(-1)[i].item()} at flat position {i} is outside [0, {total}) and is not "
-            f"ignore_index ({ignore_index})"
-        )
+    _columns("labels", t, outside, total, f" and is not ignore_index ({ignore_index})")
 
 
 def ids(name: str, t: Tensor, total: int) -> None:
     """Every one in [0, total)."""
-    if torch.compiler.is_compiling() or t.numel() == 0:
-        return
-    low, high = torch.aminmax(t)
-    if low < 0 or high >= total:
-        i = int(((t < 0) | (t >= total)).reshape(-1).nonzero()[0, 0])
-        raise IndexError(f"{name}: {t.reshape(-1)[i].item()} at flat position {i} is outside [0, {total})")
+    if not torch.compiler.is_compiling():
+        _columns(name, t, (t < 0) | (t >= total), total)
+
+
+def _columns(name: str, t: Tensor, outside: Tensor, total: int, but: str = "") -> None:
+    if bool(outside.any()):
+        i = int(outside.reshape(-1).nonzero()[0, 0])
+        raise IndexError(f"{name}: {t.reshape(-1)[i].item()} at flat position {i} is outside [0, {total}){but}")
 
 
 def temperatures(t: Tensor | None) -> None:
