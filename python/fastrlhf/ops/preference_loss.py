@@ -140,6 +140,7 @@ def preference_loss(
     elif kl_baseline != 0:
         checks.number("kl_baseline", kl_baseline, low=0)
 
+    over = given_denominator(denominator, chosen, math.nan)  # NaN: the number of pairs
     backend = choose("preference_loss", chosen, backend)
     if backend == "reference":
         names = ("ref_chosen", "ref_rejected", "chosen_rewards", "rejected_rewards")
@@ -150,7 +151,7 @@ def preference_loss(
             margin=margin, kl_baseline=kl_baseline, desirable_weight=desirable_weight,
             undesirable_weight=undesirable_weight, **constants,
         )  # fmt: skip
-        over = given_denominator(denominator, chosen, max(pairs, 1))
+        over = max(pairs, 1) if denominator is None else over
         loss, nll = divided(losses.sum(), over), torch.zeros_like(losses.sum())
         if sft_coef:
             nll = divided(-(chosen.to(losses.dtype) / (1 if chosen_lengths is None else chosen_lengths)).sum(), over)
@@ -167,7 +168,7 @@ def preference_loss(
         float(desirable_weight), float(undesirable_weight), float(sft_coef),
     ]  # fmt: skip
     loss, losses, stats = _run(
-        chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, chosen_lengths, baseline, denominator,
+        chosen, rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards, chosen_lengths, baseline, over,
         code, numbers, backend,
     )  # fmt: skip
     return PreferenceLoss(loss, losses, LossStats(stats, _STATS))
@@ -180,10 +181,9 @@ def _pair_statistics(c: Tensor, r: Tensor, scale: float) -> Tensor:
 
 def _run(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None, chosen_rewards: Tensor | None,
-    rejected_rewards: Tensor | None, chosen_lengths: Tensor | None, baseline: Tensor | None, denominator: Any, kind: int,
+    rejected_rewards: Tensor | None, chosen_lengths: Tensor | None, baseline: Tensor | None, over: float | Tensor, kind: int,
     numbers: list[float], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    over = given_denominator(denominator, chosen, math.nan)  # NaN: the number of pairs
     given, number = (over, math.nan) if isinstance(over, Tensor) else (None, over)
     grad = torch.is_grad_enabled() and (chosen.requires_grad or rejected.requires_grad)
     loss, losses, stats, *_ = _preference_loss(
@@ -296,13 +296,14 @@ def reward_loss(
         raise ValueError(f"margin: kind '{kind}' {'has none' if kind == 'bt' else 'needs one'}, got {type(margin).__name__}")
     if margin is not None:
         checks.rows("margin", margin, chosen.shape[0], "pair", chosen)
+    over = given_denominator(denominator, chosen, math.nan)
     backend = choose("reward_loss", chosen, backend)
     if backend == "reference":
         losses = reference.reward_losses(chosen, rejected, None if margin is None else margin.detach(), kind=kind)
-        loss = divided(losses.sum(), given_denominator(denominator, chosen, max(chosen.shape[0], 1)))
+        loss = divided(losses.sum(), max(chosen.shape[0], 1) if denominator is None else over)
         c, r = chosen.detach().to(losses.dtype), rejected.detach().to(losses.dtype)
         return PreferenceLoss(loss, losses, LossStats(_pair_statistics(c, r, 1.0).float(), _REWARD_STATS))
     code = len(reference.KINDS) + reference.REWARD_KINDS.index(kind)
     numbers = [1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
-    loss, losses, stats = _run(chosen, rejected, None, None, margin, None, None, None, denominator, code, numbers, backend)
+    loss, losses, stats = _run(chosen, rejected, None, None, margin, None, None, None, over, code, numbers, backend)
     return PreferenceLoss(loss, losses, LossStats(stats, _REWARD_STATS))
